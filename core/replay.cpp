@@ -1,0 +1,236 @@
+#include "core/replay.hpp"
+
+#include <fmt/core.h>
+#include <tbb/parallel_for.h>
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "core/comparison.hpp"
+#include "core/error.hpp"
+#include "core/head_replay.hpp"
+
+namespace kv {
+namespace {
+
+/// Heads that must go in step: one KV head, or all of a layer when they share selections.
+struct Unit {
+  int layer;
+  std::vector<int> heads;
+};
+
+std::vector<Unit> units_of(int first_layer, int last_layer, int kv_heads, Scope scope) {
+  std::vector<Unit> units;
+  std::vector<int> all(static_cast<std::size_t>(kv_heads));
+  std::iota(all.begin(), all.end(), 0);
+  for (int layer = first_layer; layer < last_layer; ++layer) {
+    if (scope == Scope::layer)
+      units.push_back({layer, all});
+    else
+      for (const int head : all) units.push_back({layer, {head}});
+  }
+  return units;
+}
+
+struct UnitOutcome {
+  Counters counters;
+  std::vector<PhaseTimes> decode_times;  // [decode step]
+  std::vector<std::vector<int>> kept;    // [head] final tokens in order: what a timed pass must repeat
+};
+
+void compress_together(std::vector<HeadReplay>& heads, const BlockRange& block) {
+  Candidates sum = heads.front().score(block);
+  for (std::size_t h = 1; h < heads.size(); ++h) combine(sum, heads[h].score(block));
+  std::vector<std::uint8_t> kept;
+  heads.front().timed(TimedPhase::select, [&] { kept = select(sum, heads.front().budget()); });
+  for (HeadReplay& head : heads) head.compress(block, sum, kept);
+}
+
+UnitOutcome run_unit(const LayerReplay& layer, const std::vector<int>& kv_heads) {
+  std::vector<HeadReplay> heads;
+  heads.reserve(kv_heads.size());
+  for (const int h : kv_heads) heads.emplace_back(layer, h);
+  UnitOutcome out;
+  const std::vector<BlockRange> blocks = blocks_of(layer.trace, layer.settings.block);
+  for (std::size_t step = 0; step < blocks.size(); ++step) {
+    for (HeadReplay& head : heads) head.take(blocks[step], static_cast<int>(step));
+    if (heads.front().due(blocks[step])) compress_together(heads, blocks[step]);
+    PhaseTimes times{};
+    for (HeadReplay& head : heads) {
+      const PhaseTimes t = head.take_times();
+      for (std::size_t p = 0; p < t.size(); ++p) times[p] += t[p];
+    }
+    if (blocks[step].phase == Phase::decode) out.decode_times.push_back(times);
+  }
+  for (HeadReplay& head : heads) {
+    const Counters& c = head.counters();
+    out.counters.evictions += c.evictions, out.counters.merges += c.merges;
+    out.counters.lost_in_folds += c.lost_in_folds, out.counters.compressions += c.compressions;
+    out.kept.push_back(head.kept_tokens());
+    if (layer.full) head.finish();
+  }
+  return out;
+}
+
+ReplayResult empty_result(const TraceHeader& trace, const ReplaySettings& settings) {
+  ReplayResult r;
+  r.layers = static_cast<int>(trace.layers.size()), r.query_heads = trace.model.query_heads,
+  r.kv_heads = trace.model.kv_heads;
+  r.measured = settings.measured;
+  const auto heads = static_cast<std::size_t>(r.layers * r.kv_heads);
+  const auto queries = static_cast<std::size_t>(r.layers * r.query_heads) * r.measured.size();
+  for (auto* v : {&r.error2, &r.output2, &r.cosine, &r.lost_mass})
+    v->assign(queries, std::numeric_limits<double>::quiet_NaN());
+  for (const BlockRange& block : blocks_of(trace, settings.block)) r.step_token.push_back(block.last - 1);
+  r.slots.assign(heads * r.step_token.size(), 0);
+  r.final_slots.assign(heads, 0);
+  r.final_position.resize(heads), r.final_multiplicity.resize(heads);
+  return r;
+}
+
+/// |W_o d|^2 and |W_o o|^2 of one layer's measured queries.
+void measure_after_wo(const LayerReplay& layer, const std::vector<float>& deltas, ReplayResult& r) {
+  using Rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const ModelInfo& m = layer.trace.model;
+  const auto count = static_cast<Eigen::Index>(r.measured.size());
+  const Eigen::Index width = m.query_heads * m.value_dim;
+  const Eigen::Map<const Rows> wo(layer.layer.tensors.wo.data(), m.hidden_size, width), d(deltas.data(), count, width);
+  Rows full(count, width);  // [query heads][M][value_dim] -> [M][query heads * value_dim]
+  for (Eigen::Index h = 0; h < m.query_heads; ++h)
+    full.middleCols(h * m.value_dim, m.value_dim) =
+        Eigen::Map<const Rows>(layer.full->output.data() + h * count * m.value_dim, count, m.value_dim);
+  const Eigen::VectorXd error2 = (d * wo.transpose()).cast<double>().rowwise().squaredNorm();
+  const Eigen::VectorXd output2 = (full * wo.transpose()).cast<double>().rowwise().squaredNorm();
+  r.wo_error2.insert(r.wo_error2.end(), error2.begin(), error2.end());
+  r.wo_output2.insert(r.wo_output2.end(), output2.begin(), output2.end());
+}
+
+bool all_have_wo(const TraceHeader& trace) {
+  return std::all_of(trace.layers.begin(), trace.layers.end(), [](const LayerInfo& l) { return l.has_wo; });
+}
+
+/// One pass over all layers; without `measure` a timed pass, which writes nothing to `r`.
+std::vector<UnitOutcome> run_all(Session& session, const PolicyEntry& entry, const BoundPolicy& policy,
+                                 const ReplaySettings& settings, ReplayResult& r, bool measure) {
+  const TraceHeader& trace = session.header();
+  const bool wo = measure && all_have_wo(trace);
+  const int at_once = session.layers_at_once();
+  std::vector<UnitOutcome> outcomes;
+  for (int first = 0; first < r.layers; first += at_once) {
+    const int last = std::min(first + at_once, r.layers);
+    std::vector<std::shared_ptr<const PreparedLayer>> layers;
+    std::vector<std::shared_ptr<const FullAttention>> full;
+    std::vector<std::vector<float>> deltas;
+    std::vector<LayerReplay> shared;
+    for (int l = first; l < last; ++l) {
+      layers.push_back(session.layer(l));
+      full.push_back(measure ? session.reference(l, settings.measured) : nullptr);
+      deltas.emplace_back(wo ? r.measured.size() * static_cast<std::size_t>(r.query_heads * trace.model.value_dim) : 0);
+    }
+    for (int l = first; l < last; ++l) {
+      const auto i = static_cast<std::size_t>(l - first);
+      shared.push_back(
+          {trace, *layers[i], entry, policy, settings, full[i].get(), &r, wo ? deltas[i].data() : nullptr, l});
+    }
+    const std::vector<Unit> units = units_of(first, last, r.kv_heads, policy.traits().scope);
+    const std::size_t before = outcomes.size();
+    outcomes.resize(before + units.size());
+    const auto run = [&](std::size_t u) {
+      outcomes[before + u] = run_unit(shared[static_cast<std::size_t>(units[u].layer - first)], units[u].heads);
+    };
+    if (measure)
+      tbb::parallel_for(std::size_t{0}, units.size(), run, tbb::simple_partitioner{});
+    else  // alone on the machine: timings do not share caches and bandwidth with another head's
+      for (std::size_t u = 0; u < units.size(); ++u) run(u);
+    if (wo)
+      for (std::size_t i = 0; i < shared.size(); ++i) measure_after_wo(shared[i], deltas[i], r);
+  }
+  return outcomes;
+}
+
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+/// Timed passes, each checked to keep exactly what the measured pass kept.
+void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& policy, const ReplaySettings& settings,
+                 const std::vector<UnitOutcome>& checked, ReplayResult& r) {
+  const auto steps = checked.front().decode_times.size(), repeats = static_cast<std::size_t>(settings.timing_repeats);
+  std::vector<std::vector<std::vector<double>>> us(
+      timed_phases, std::vector(steps, std::vector<double>(repeats)));  // [phase][step][repeat]
+  std::vector<double> totals(repeats);
+  for (std::size_t repeat = 0; repeat < repeats; ++repeat) {
+    const std::vector<UnitOutcome> timed = run_all(session, entry, policy, settings, r, false);
+    for (std::size_t u = 0; u < timed.size(); ++u) {
+      KV_CHECK(timed[u].kept == checked[u].kept);
+      for (std::size_t s = 0; s < steps; ++s)
+        for (std::size_t p = 0; p < us.size(); ++p) {
+          us[p][s][repeat] += timed[u].decode_times[s][p] * 1e-3;
+          totals[repeat] += timed[u].decode_times[s][p];
+        }
+    }
+  }
+  for (const auto& phase : us) {
+    r.us.emplace_back();
+    for (const auto& step : phase) r.us.back().push_back(median(step));
+  }
+  const auto [low, high] = std::minmax_element(totals.begin(), totals.end());
+  r.timing_noise = repeats > 1 ? (*high - *low) / median(totals) : std::numeric_limits<double>::quiet_NaN();
+}
+
+}  // namespace
+
+SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy) {
+  SlotBytes bytes;
+  bytes.payload = static_cast<std::size_t>(trace.model.head_dim + trace.model.value_dim) * size_of(trace.dtype);
+  bytes.metadata = 4 + policy.slot_state_bytes + (policy.merges ? 4 : 0);  // position, state, multiplicity
+  bytes.per_head = policy.head_state_bytes;
+  return bytes;
+}
+
+ReplayResult replay(Session& session, const PolicyEntry& entry, const BoundPolicy& policy,
+                    const ReplaySettings& settings) {
+  const TraceHeader& trace = session.header();
+  check_point(trace, entry, policy, settings);
+  ReplayResult r = empty_result(trace, settings);
+  const std::vector<UnitOutcome> outcomes = run_all(session, entry, policy, settings, r, true);
+  for (const UnitOutcome& unit : outcomes) {
+    r.evictions += unit.counters.evictions, r.merges += unit.counters.merges;
+    r.lost_in_folds += unit.counters.lost_in_folds, r.compressions += unit.counters.compressions;
+  }
+  if (settings.timing_repeats > 0 && trace.tokens > trace.prompt_tokens)
+    time_replay(session, entry, policy, settings, outcomes, r);
+  return r;
+}
+
+ReplayResult noise_floor(Session& session, const std::vector<int>& measured) {
+  const TraceHeader& trace = session.header();
+  ReplaySettings settings;
+  settings.measured = measured;
+  ReplayResult r = empty_result(trace, settings);
+  const auto dv = static_cast<std::size_t>(trace.model.value_dim);
+  for (int l = 0; l < r.layers; ++l) {
+    if (!trace.layers[static_cast<std::size_t>(l)].has_o)
+      throw TraceError(fmt::format("{}: {}/o is not recorded: no noise floor", trace.file.string(),
+                                   trace.layers[static_cast<std::size_t>(l)].path));
+    const auto layer = session.layer(l);
+    const auto full = session.reference(l, measured);
+    const std::size_t rows = layer->tensors.o.size() / dv / static_cast<std::size_t>(r.query_heads);
+    for (std::size_t h = 0; h < static_cast<std::size_t>(r.query_heads); ++h)
+      for (std::size_t i = 0; i < measured.size(); ++i) {
+        const auto row = static_cast<std::size_t>(layer->row_of_token[static_cast<std::size_t>(measured[i])]);
+        const Comparison c(full->output.data() + (h * measured.size() + i) * dv,
+                           layer->tensors.o.data() + (h * rows + row) * dv, trace.model.value_dim);
+        const std::size_t at = (static_cast<std::size_t>(l * r.query_heads) + h) * measured.size() + i;
+        r.error2[at] = c.error2, r.output2[at] = c.output2, r.cosine[at] = c.cosine;
+      }
+  }
+  return r;
+}
+
+}  // namespace kv

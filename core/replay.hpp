@@ -1,0 +1,71 @@
+// The replay of one point: a trace's recorded queries, keys and values through one policy at one budget (design section
+// 4).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "core/budget.hpp"
+#include "core/policy.hpp"
+#include "core/session.hpp"
+#include "core/spec.hpp"
+
+namespace kv {
+
+/// A point with every setting resolved.
+struct ReplaySettings {
+  int budget = 0;  // slots per KV head after a compression
+  Block block;
+  Compress compress = Compress::always;
+  Positions positions = Positions::absolute;
+  std::vector<int> measured;  // tokens whose queries are compared with full attention, ascending
+  Protect protect;
+  std::uint64_t seed = 0;
+  int timing_repeats = 0;  // timed passes after the checked one; 0 = no us.* figures
+};
+
+/// The phases that are timed (design section 8).
+enum class TimedPhase { append, attend, observe, score, select, compact };
+inline constexpr int timed_phases = 6;
+inline constexpr const char* timed_phase_names[timed_phases] = {"append", "attend", "observe",
+                                                                "score",  "select", "compact"};
+
+/// Everything one replay measured. M = measured queries, in `measured` order; layers in recorded order.
+struct ReplayResult {
+  int layers = 0, query_heads = 0, kv_heads = 0;
+  std::vector<int> measured;                              // [M] tokens
+  std::vector<double> error2, output2, cosine;            // [layer][query head][M]: |o' - o|^2, |o|^2, 1 - cos(o', o)
+  std::vector<double> lost_mass;                          // [layer][query head][M]
+  std::vector<double> wo_error2, wo_output2;              // [layer][M] |W_o (o' - o)|^2, |W_o o|^2; empty without wo
+  std::vector<int> step_token;                            // [step] newest token of each block
+  std::vector<int> slots;                                 // [layer][KV head][step] slots that the block attended to
+  std::vector<int> final_slots;                           // [layer][KV head] slots after the last compression
+  std::vector<std::vector<std::int64_t>> final_position;  // [layer * KV heads + head][slot] token indices
+  std::vector<std::vector<std::int64_t>> final_multiplicity;  // the same: tokens that the slot stands for
+  std::int64_t evictions = 0, merges = 0, lost_in_folds = 0, compressions = 0;
+  // [phase][decode step] microseconds summed over layers and heads, median over repeats; empty when not timed.
+  std::vector<std::vector<double>> us;
+  double timing_noise = 0;  // relative: (max - min) / median over repeats of the decode total; NaN under 2 repeats
+};
+
+/// The bytes of one slot under `policy`: the rule of design section 6.
+SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy);
+
+/// Those of `tokens` whose query every layer recorded: what can be measured.
+std::vector<int> recorded_queries(const TraceHeader& trace, const std::vector<int>& tokens);
+
+/// Throws ConfigError when the trace lacks what the policy or the settings need (queries, unrotated keys), naming the
+/// dataset; cheap, so that all points are checked before the first one runs.
+void check_point(const TraceHeader& trace, const PolicyEntry& entry, const BoundPolicy& policy,
+                 const ReplaySettings& settings);
+
+/// Replays one point on the CPU. Deterministic for any number of threads. Throws ConfigError as check_point does,
+/// InternalError naming layer, head and slot when a policy scores NaN.
+ReplayResult replay(Session& session, const PolicyEntry& entry, const BoundPolicy& policy,
+                    const ReplaySettings& settings);
+
+/// Replayed full attention against the model's own recorded output, in ReplayResult's error fields: the noise floor of
+/// the trace. Throws TraceError when the trace has no `o`.
+ReplayResult noise_floor(Session& session, const std::vector<int>& measured);
+
+}  // namespace kv

@@ -1,0 +1,47 @@
+// How a trace is replayed: the words of design section 4 as types.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kv {
+
+enum class Phase { prompt, decode };
+enum class Compress { prompt, always };    // stop compressing when decode begins, or go on
+enum class Positions { absolute, cache };  // keys rotated at their own position, or by slot index at read time
+enum class Scope { head, layer };          // a selection per KV head, or one for all heads of a layer
+
+inline const char* name_of(Compress c) { return c == Compress::prompt ? "prompt" : "always"; }
+inline const char* name_of(Positions p) { return p == Positions::absolute ? "absolute" : "cache"; }
+
+/// Tokens of the prompt that are appended at once; 0 = the whole prompt in one block. A decode token is its own block.
+struct Block {
+  int tokens = 0;
+  bool operator==(const Block&) const = default;
+};
+
+/// Slots that no policy may evict: tokens before `sinks` and the newest `recent`.
+struct Protect {
+  int sinks = 0, recent = 0;
+};
+
+/// What `replay.*: auto` resolves to: the settings of the policy's paper (policies.md, "published").
+struct Published {
+  Block block{};
+  Compress compress = Compress::always;
+  Positions positions = Positions::absolute;
+};
+
+/// "all" or a positive number of tokens. Throws ConfigError.
+Block parse_block(const std::string& text);
+std::string name_of(Block block);
+
+/// Which tokens' queries are measured: "decode", "prompt", "all" or "last:N", of a trace with `tokens` tokens of which
+/// `prompt_tokens` are the prompt; ascending. Throws ConfigError on another word or when nothing would be measured.
+std::vector<int> parse_measure(const std::string& text, int tokens, int prompt_tokens);
+
+/// floor(share * whole) as decimals mean it: 0.7 of 10 is 7. The rule for a policy's shares of its budget.
+constexpr int share_of(double share, int whole) { return static_cast<int>(share * whole + 1e-9); }
+
+}  // namespace kv

@@ -1,0 +1,117 @@
+// The command line of kvreplay. Everything that goes wrong below ends here as one line on stderr and an exit code.
+#include <fmt/core.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "core/error.hpp"
+#include "experiments/docs.hpp"
+#include "experiments/inspect.hpp"
+#include "experiments/runner.hpp"
+#include "experiments/version.hpp"
+
+namespace {
+
+constexpr int usage_error = 2;
+
+void add_run(CLI::App& app, kv::RunOptions& options, std::string& out) {
+  CLI::App* run = app.add_subcommand("run", "run a sweep; what its output folder already has is not run again");
+  run->add_option("config", options.config, "a YAML file such as configs/quickstart.yaml")->required();
+  run->add_option("overrides", options.overrides, "key=value, replaces what the file says of key; the value is YAML");
+  run->add_option("--out", out, "output folder (default: out/<name of the config>)");
+  run->add_option("--only", options.only, "key=value, run only points with it; repeatable")->allow_extra_args(false);
+  run->add_option("--jobs", options.jobs, "worker threads (default: one per core); results do not depend on it")
+      ->check(CLI::Range(1, 4096));
+  run->add_flag("--dry-run", options.dry_run,
+                "print the points, which are done and the memory they need; write nothing");
+  run->add_flag("--force", options.force, "run everything again and replace the rows");
+  run->add_flag("--retry-failed", options.retry_failed, "run points again whose row has status error");
+}
+
+std::vector<std::string> commands_of(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
+  return names;
+}
+
+/// "; did you mean '--dry-run'?" for the first option of the command that it does not have.
+std::string option_hint(const CLI::App& app, const std::vector<std::string>& argv) {
+  std::vector<std::string> names;
+  for (const CLI::App* command : app.get_subcommands())
+    for (const CLI::Option* option : command->get_options()) names.push_back(option->get_name());
+  for (const std::string& word : argv) {
+    const std::string name = word.substr(0, word.find('='));
+    if (name.starts_with("--") && std::find(names.begin(), names.end(), name) == names.end())
+      return kv::did_you_mean(name, names);
+  }
+  return "";
+}
+
+/// One line for a wrong command line; help and version are no errors.
+int report_usage(const CLI::App& app, const CLI::ParseError& error, const std::vector<std::string>& argv) {
+  if (error.get_exit_code() == 0) return app.exit(error);
+  std::string message = error.what() + option_hint(app, argv);
+  if (argv.size() > 1 && app.get_subcommands().empty() && !argv[1].starts_with("-"))
+    message = fmt::format("no command is called '{}'{}", argv[1], kv::did_you_mean(argv[1], commands_of(app)));
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  fmt::print(stderr, "kvreplay: {} (kvreplay --help shows more)\n", message);
+  return usage_error;
+}
+
+struct Request {
+  kv::RunOptions run;
+  std::string out, policy, trace, page;
+  bool markdown = false;
+};
+
+int execute(const CLI::App& app, Request& request) {
+  if (app.got_subcommand("run")) {
+    if (!request.out.empty()) request.run.out = request.out;
+    return kv::run_sweep(request.run);
+  }
+  if (app.got_subcommand("inspect")) {
+    kv::inspect(request.trace);
+  } else if (app.got_subcommand("docs")) {
+    fmt::print("{}", request.page == "policies"  ? kv::policies_markdown()
+                     : request.page == "metrics" ? kv::metrics_markdown()
+                                                 : kv::configs_markdown());
+  } else if (request.policy.empty()) {
+    fmt::print("{}", request.markdown ? kv::policies_markdown() : kv::policies_text());
+  } else {
+    const kv::PolicyEntry& entry = kv::find_policy(request.policy);
+    fmt::print("{}", request.markdown ? kv::policy_markdown(entry) : kv::policy_text(entry));
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Replays recorded attention of a language model under KV-cache policies.", "kvreplay");
+  Request request;
+  request.run.argv.assign(argv, argv + argc);
+  app.set_version_flag("--version", fmt::format("kvreplay {} ({})", kv::build::version, kv::build::git_sha));
+  app.require_subcommand(1);
+  add_run(app, request.run, request.out);
+  CLI::App* policies = app.add_subcommand("policies", "list the policies, or show one with its parameters");
+  policies->add_option("name", request.policy, "a policy");
+  policies->add_flag("--markdown", request.markdown, "as Markdown");
+  app.add_subcommand("inspect", "show what a trace holds and what cannot run on it")
+      ->add_option("trace", request.trace, "a trace file")
+      ->required();
+  app.add_subcommand("docs", "print a page that is made from the code")
+      ->add_option("page", request.page, "policies, metrics or configs")
+      ->required()
+      ->check(CLI::IsMember({"policies", "metrics", "configs"}));
+  try {
+    app.parse(argc, argv);
+    return execute(app, request);
+  } catch (const CLI::ParseError& error) {
+    return report_usage(app, error, request.run.argv);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "kvreplay: {}\n", error.what());
+    return kv::exit_code(error);
+  }
+}

@@ -1,0 +1,158 @@
+// All that a policy file includes. A policy is a struct with a doc, parameters, per-slot state and hooks; KV_REGISTER
+// makes it a name in YAML, on the command line, in the property tests and in figures. Nothing else is edited.
+//
+//   PolicyDoc doc                                   what it is (static constexpr)
+//   Published published                             settings of the paper that differ from the defaults (static
+//   constexpr) void describe(auto& field)                      parameters: field("recent", recent, kv::Range{0, 1},
+//   "help") Traits traits() const                           what it asks of the engine, when it differs from the
+//   defaults struct Slot, struct HeadState                   its own state per slot and per KV head; plain data, starts
+//   at its defaults
+//
+// Hooks are found by name, whatever their signature; one that the engine cannot call does not compile.
+//   slot hooks, one slot each   void  on_attention(auto slot, auto seen) const     after each block: the block's
+//   attention
+//                               float score(auto slot) const                       higher = keep
+//   head hooks, any slot        float score_in(auto& head, int slot) const         a score that needs neighbours or
+//   head.seen
+//                               void  on_compress(auto team, auto& head) const     writes head.score(slot) for every
+//                               slot
+//   row hooks, whole rows       void  on_append(auto row, auto& head, int slot) const
+//                               void  on_evict(auto row, auto& head, int slot) const   just before the slot goes
+//   merging                     Fold  on_merge(auto& head, int victim) const       a pure plan; Fold{} drops the victim
+//                               void  on_fold(Slot& into, const Slot& from) const  state joins after the rows were
+//                               folded
+//   weights                     static float weigh(float probability, float logit, int rows_after)   what `seen` sums
+// Exactly one of score, score_in and on_compress. Every hook starts with KV_HD, the mark that lets it run in kernels.
+// A hook writes to Slot and HeadState only; chance comes from kv::uniform(seed, layer, head, token) only.
+#pragma once
+#include <cmath>
+#include <concepts>
+#include <type_traits>
+
+#include "core/policy.hpp"
+#include "core/random.hpp"
+#include "policies/views.hpp"
+
+namespace kv {
+
+struct Empty {};
+
+/// The base of every policy: no state, no parameters, default traits.
+struct Policy {
+  using Slot = Empty;
+  using HeadState = Empty;
+  static constexpr Published published{};
+  KV_HD Traits traits() const { return {}; }
+};
+
+namespace detail {
+
+// True when P declares the name, whatever its type: taking the address in a struct that inherits it twice is ambiguous.
+#define KV_DECLARES(hook)                             \
+  struct Hook_##hook {                                \
+    void hook();                                      \
+  };                                                  \
+  template <class P>                                  \
+  struct Both_##hook : P, Hook_##hook {};             \
+  template <class P>                                  \
+  inline constexpr bool declares_##hook = !requires { \
+    &Both_##hook<P>::hook;                            \
+  };
+KV_DECLARES(on_attention)
+KV_DECLARES(score)
+KV_DECLARES(score_in)
+KV_DECLARES(on_compress)
+KV_DECLARES(on_append)
+KV_DECLARES(on_evict)
+KV_DECLARES(on_merge)
+KV_DECLARES(on_fold)
+KV_DECLARES(weigh)
+#undef KV_DECLARES
+
+/// One line for each thing that can be wrong with a policy. Returns true so that registration can depend on it.
+template <class P>
+constexpr bool check_policy() {
+  using Slot = typename P::Slot;
+  using Head = HeadView<Slot, typename P::HeadState>;
+  using Ref = SlotView<Slot>;
+  static_assert(std::is_base_of_v<Policy, P>, "a policy derives from kv::Policy");
+  static_assert(
+      requires { P::doc.name; }, "a policy has a `static constexpr kv::PolicyDoc doc`");
+  static_assert(std::is_trivially_copyable_v<P>,
+                "a policy's parameters must be plain data: they travel to kernels by value");
+  static_assert(std::is_trivially_copyable_v<Slot> && std::is_trivially_copyable_v<typename P::HeadState>,
+                "Slot and HeadState must be plain data");
+  static_assert(int(declares_score<P>) + int(declares_score_in<P>) + int(declares_on_compress<P>) == 1,
+                "a policy defines exactly one of score(slot), score_in(head, slot) and on_compress(team, head)");
+  static_assert(std::is_empty_v<Slot> || declares_on_attention<P> || declares_on_append<P> || declares_on_compress<P>,
+                "Slot has members that no hook can have written: is a hook's name misspelt?");
+  static_assert(!declares_on_attention<P> || !std::is_empty_v<Slot>, "on_attention needs a Slot to write to");
+  static_assert(!declares_on_fold<P> || declares_on_merge<P>, "on_fold without on_merge is never called");
+  if constexpr (declares_score<P>)
+    static_assert(
+        requires(const P& p, Ref slot) {
+          { p.score(slot) } -> std::same_as<float>;
+        },
+        "score must be: float score(auto slot) const");
+  if constexpr (declares_score_in<P>)
+    static_assert(
+        requires(const P& p, Head& head) {
+          { p.score_in(head, 0) } -> std::same_as<float>;
+        },
+        "score_in must be: float score_in(auto& head, int slot) const");
+  if constexpr (declares_on_compress<P>)
+    static_assert(
+        requires(const P& p, HostTeam team, Head& head) {
+          { p.on_compress(team, head) } -> std::same_as<void>;
+        },
+        "on_compress must be: void on_compress(auto team, auto& head) const");
+  if constexpr (declares_on_attention<P>)
+    static_assert(
+        requires(const P& p, Ref slot, Observed seen) {
+          { p.on_attention(slot, seen) } -> std::same_as<void>;
+        },
+        "on_attention must be: void on_attention(auto slot, auto seen) const");
+  if constexpr (declares_on_append<P>)
+    static_assert(
+        requires(const P& p, RowTeam row, Head& head) {
+          { p.on_append(row, head, 0) } -> std::same_as<void>;
+        },
+        "on_append must be: void on_append(auto row, auto& head, int slot) const");
+  if constexpr (declares_on_evict<P>)
+    static_assert(
+        requires(const P& p, RowTeam row, Head& head) {
+          { p.on_evict(row, head, 0) } -> std::same_as<void>;
+        },
+        "on_evict must be: void on_evict(auto row, auto& head, int slot) const");
+  if constexpr (declares_on_merge<P>)
+    static_assert(
+        requires(const P& p, Head& head) {
+          { p.on_merge(head, 0) } -> std::same_as<Fold>;
+        },
+        "on_merge must be: kv::Fold on_merge(auto& head, int victim) const");
+  if constexpr (declares_on_fold<P>)
+    static_assert(
+        requires(const P& p, Slot& into, const Slot& from) {
+          { p.on_fold(into, from) } -> std::same_as<void>;
+        },
+        "on_fold must be: void on_fold(Slot& into, const Slot& from) const");
+  if constexpr (declares_weigh<P>)
+    static_assert(
+        requires {
+          { P::weigh(0.f, 0.f, 0) } -> std::same_as<float>;
+        },
+        "weigh must be: static float weigh(float probability, float logit, int rows_after)");
+  return true;
+}
+
+}  // namespace detail
+}  // namespace kv
+
+// The engine that compiles a policy file says what registering means: the CPU engine adds it to the catalogue; kernels/
+// defines KV_REGISTER itself before including the file and instantiates device code.
+#if !defined(KV_REGISTER)
+#include "policies/adapter.hpp"
+#define KV_REGISTER(Type)                            \
+  static_assert(::kv::detail::check_policy<Type>()); \
+  [[maybe_unused]] const bool registered_##Type = ::kv::register_policy(::kv::entry_of<Type>(__FILE__))
+#endif

@@ -1,0 +1,220 @@
+// What must hold for every policy of the catalogue, at every corner of its parameters. A policy added to policies/ (or
+// through KV_POLICIES) is tested here without an edit.
+#include <fmt/core.h>
+#include <gtest/gtest.h>
+#include <tbb/global_control.h>
+#include <unistd.h>
+
+#include <set>
+
+#include "core/metrics.hpp"
+#include "tests/synthetic.hpp"
+
+namespace kv {
+namespace {
+
+/// One policy at one corner: a parameter at an end of its range, the others at their defaults.
+struct Corner {
+  std::string policy, parameter;
+  Value value;
+};
+
+void PrintTo(const Corner& c, std::ostream* out) { *out << c.policy << " " << c.parameter << "=" << to_text(c.value); }
+
+std::vector<Value> corner_values(const Field& field) {
+  if (field.type == "bool") return {true, false};
+  if (field.type == "int") return {std::int64_t(field.low), std::int64_t(field.low + 3), std::int64_t(field.high)};
+  if (field.type == "number") return {field.low, field.high};
+  return {field.choices.begin(), field.choices.end()};
+}
+
+std::vector<Corner> corners() {
+  std::vector<Corner> all;
+  for (const PolicyEntry& entry : policies()) {
+    all.push_back({entry.doc.name, "", false});
+    const auto policy = entry.make();
+    for (const Field& field : policy->fields())
+      for (const Value& value : corner_values(field)) all.push_back({entry.doc.name, field.name, value});
+  }
+  return all;
+}
+
+std::string name_of_corner(const testing::TestParamInfo<Corner>& info) {
+  std::string name = info.param.policy +
+                     (info.param.parameter.empty() ? "" : "_" + info.param.parameter + "_" + to_text(info.param.value));
+  for (char& c : name) c = std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+  return fmt::format("{}_{}", name, info.index);
+}
+
+class Property : public testing::TestWithParam<Corner> {
+ protected:
+  Property() : entry(find_policy(GetParam().policy)), policy(entry.make()) {
+    for (const Field& field : policy->fields())
+      if (field.name == GetParam().parameter) field.set(GetParam().value);
+  }
+  static Session& session() {
+    static Session s(test::write_trace("property", {.window = 25, .softcap = 20, .sink_logit = true, .wo = true}, 1));
+    return s;
+  }
+  ReplaySettings settings(int budget, int block, Compress compress = Compress::always,
+                          Positions positions = Positions::absolute) const {
+    ReplaySettings s;
+    s.budget = budget, s.block = {block}, s.compress = compress, s.positions = positions;
+    s.measured = parse_measure("all", 60, 40);
+    return s;
+  }
+  ReplayResult run(const ReplaySettings& s) { return replay(session(), entry, *policy, s); }
+  bool compresses() const { return policy->traits().compresses; }
+
+  const PolicyEntry& entry;
+  std::unique_ptr<BoundPolicy> policy;
+};
+
+TEST_P(Property, HoldsAtMostTheBudgetAndWhatCameSince) {
+  for (const int block : {0, 7, 1})
+    for (const int budget : {1, 2, 5, 17, 39})
+      for (const Compress compress : {Compress::prompt, Compress::always})
+        for (const Positions positions : {Positions::absolute, Positions::cache}) {
+          SCOPED_TRACE(fmt::format("block {} budget {} {} {}", block, budget, name_of(compress), name_of(positions)));
+          const ReplaySettings s = settings(budget, block, compress, positions);
+          const ReplayResult r = run(s);
+          const std::size_t steps = r.step_token.size();
+          for (std::size_t i = 0; i < r.slots.size(); ++i) {
+            const std::size_t step = i % steps;
+            const int first = step == 0 ? 0 : r.step_token[step - 1] + 1, appended = r.step_token[step] + 1 - first;
+            int expected = first;  // everything, until a compression was due
+            if (compresses() && first > budget)
+              expected = compress == Compress::always || first <= 40 ? budget : std::min(budget, 40) + first - 40;
+            ASSERT_EQ(r.slots[i], expected + appended) << "step " << step;
+          }
+          const int last = !compresses() ? 60 : compress == Compress::always ? budget : std::min(budget, 40) + 20;
+          for (const int slots : r.final_slots) ASSERT_EQ(slots, last);
+        }
+}
+
+TEST_P(Property, KeptIsASortedSubsetAndTokensAddUp) {
+  for (const int budget : {1, 6, 20}) {
+    const ReplayResult r = run(settings(budget, 9));
+    std::int64_t removed = 0;
+    for (std::size_t h = 0; h < r.final_position.size(); ++h) {
+      const auto& kept = r.final_position[h];
+      ASSERT_TRUE(std::is_sorted(kept.begin(), kept.end()));
+      ASSERT_EQ(std::set<std::int64_t>(kept.begin(), kept.end()).size(), kept.size());
+      ASSERT_GE(kept.front(), 0);
+      ASSERT_LT(kept.back(), 60);
+      std::int64_t tokens = 0;
+      for (const std::int64_t m : r.final_multiplicity[h]) {
+        ASSERT_GE(m, 1);
+        tokens += m;
+      }
+      ASSERT_LE(tokens, 60);
+      removed += 60 - static_cast<std::int64_t>(kept.size());
+    }
+    EXPECT_EQ(r.evictions + r.merges, removed);
+    EXPECT_EQ(r.compressions > 0, compresses());
+  }
+}
+
+TEST_P(Property, BudgetOfAllTokensIsTheFullCache) {
+  for (const int block : {0, 7, 1}) {
+    const ReplayResult r = run(settings(60, block));
+    EXPECT_EQ(r.evictions + r.merges + r.compressions, 0);
+    EXPECT_LE(metrics_of(r).nmse.value(), 2e-6);
+    EXPECT_LE(metrics_of(r).lost_mass.max.value(), 1e-5);
+  }
+}
+
+TEST_P(Property, ProtectedTokensSurvive) {
+  ReplaySettings s = settings(9, 7);
+  s.protect = {2, 3};
+  const ReplayResult r = run(s);
+  bool own_protection = false;  // a policy that protects more than fits decides among its own
+  for (const Field& field : policy->fields())
+    own_protection |= field.name == "sinks" && std::get<std::int64_t>(field.get()) > 4;
+  for (const auto& kept : r.final_position)
+    for (const std::int64_t token : {0, 1, 57, 58, 59})
+      EXPECT_TRUE((own_protection && token >= 2 && token < 59) || std::binary_search(kept.begin(), kept.end(), token))
+          << token;
+}
+
+TEST_P(Property, ProtectingTheWholeBudgetLeavesNothingToScores) {
+  ReplaySettings s = settings(10, 7);
+  s.protect = {4, 6};
+  const auto streaming = find_policy("streaming_llm").make();
+  const ReplayResult expected = replay(session(), find_policy("streaming_llm"), *streaming, settings(10, 7));
+  bool own_sinks = false;
+  for (const Field& field : policy->fields())
+    own_sinks |= field.name == "sinks" && std::get<std::int64_t>(field.get()) > 4;
+  if (!compresses() || own_sinks) return;
+  EXPECT_EQ(run(s).final_position, expected.final_position);
+}
+
+TEST_P(Property, SameBitsAgainAndForAnyNumberOfThreads) {
+  const ReplaySettings s = settings(11, 7);
+  const ReplayResult a = run(s);
+  const tbb::global_control one(tbb::global_control::max_allowed_parallelism, 1);
+  const ReplayResult b = run(s);
+  EXPECT_EQ(a.error2, b.error2);
+  EXPECT_EQ(a.lost_mass, b.lost_mass);
+  EXPECT_EQ(a.final_position, b.final_position);
+}
+
+TEST_P(Property, HeadsAndLayersDoNotInfluenceEachOther) {
+  const test::Shape shape{.window = 25, .softcap = 20, .sink_logit = true, .wo = true};
+  Session other(test::write_trace("edited", shape, 1, [&](int layer, LayerTensors& t) {
+    const std::size_t head = t.k.size() / 2;  // another last head in layer 0, another layer 1
+    for (std::size_t i = layer == 0 ? head : 0; i < t.k.size(); ++i) t.k[i] = -t.k[i];
+  }));
+  const ReplaySettings s = settings(11, 7);
+  const ReplayResult a = run(s), b = replay(other, entry, *policy, s);
+  std::filesystem::remove(other.header().file);
+  if (policy->traits().scope == Scope::layer) return;  // heads share a selection by design
+  EXPECT_EQ(a.final_position[0], b.final_position[0]);
+  const auto of_head = static_cast<std::ptrdiff_t>(2 * s.measured.size());  // two query heads
+  EXPECT_TRUE(std::equal(a.error2.begin(), a.error2.begin() + of_head, b.error2.begin()));
+}
+
+TEST_P(Property, AConstantValueFieldIsPreserved) {
+  Session constant(
+      test::write_trace("constant", {}, 2, [](int, LayerTensors& t) { std::fill(t.v.begin(), t.v.end(), 1.5f); }));
+  const ReplayResult r = replay(constant, entry, *policy, settings(7, 9));
+  std::filesystem::remove(constant.header().file);
+  EXPECT_LE(metrics_of(r).rel_l2.max.value(), 1e-5);
+}
+
+TEST_P(Property, ScalingValuesChangesNoKeptSet) {
+  Session doubled(test::write_trace("doubled", {.window = 25, .softcap = 20, .sink_logit = true, .wo = true}, 1,
+                                    [](int, LayerTensors& t) {
+                                      for (float& v : t.v) v *= 2;
+                                    }));
+  const ReplayResult r = replay(doubled, entry, *policy, settings(12, 7));
+  std::filesystem::remove(doubled.header().file);
+  EXPECT_EQ(r.final_position, run(settings(12, 7)).final_position);
+}
+
+TEST_P(Property, MetricsAreFinite) {
+  for (const Positions positions : {Positions::absolute, Positions::cache}) {
+    const ReplayResult r = run(settings(3, 1, Compress::always, positions));
+    const Metrics m = metrics_of(r);
+    EXPECT_TRUE(std::isfinite(m.nmse.value()));
+    EXPECT_EQ(m.undefined_queries, 0);
+    EXPECT_TRUE(std::isfinite(m.rel_l2_wo.value().max.value()));
+    for (const double mass : r.lost_mass) EXPECT_TRUE(mass >= 0 && mass <= 1 + 1e-6) << mass;
+  }
+}
+
+TEST_P(Property, TimedPassesRepeatTheCheckedOne) {
+  ReplaySettings s = settings(11, 7);
+  s.timing_repeats = 2;
+  const ReplayResult r = run(s);  // throws when a timed pass keeps other slots
+  ASSERT_EQ(r.us.size(), static_cast<std::size_t>(timed_phases));
+  for (const auto& phase : r.us) {
+    ASSERT_EQ(phase.size(), 20u);
+    for (const double us : phase) EXPECT_TRUE(us >= 0 && us < 1e7);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Catalogue, Property, testing::ValuesIn(corners()), name_of_corner);
+
+}  // namespace
+}  // namespace kv

@@ -1,0 +1,40 @@
+"""Options and fixtures of the Python tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "tests" / "golden"))
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy is imported: the oracle's processes share the cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--full compares engine and oracle on the whole product of settings, --kvreplay names another binary."""
+    parser.addoption("--full", action="store_true", help="engine against oracle: every combination of settings")
+    parser.addoption("--kvreplay", default=str(REPO / "build" / "kvreplay"), help="the program to test")
+
+
+@pytest.fixture(scope="session")
+def kvreplay_binary(request: pytest.FixtureRequest) -> Path:
+    """The built program; a missing one is a failure, never a skip."""
+    path = Path(request.config.getoption("--kvreplay"))
+    if not path.is_file():
+        pytest.fail(f"{path} does not exist: build it first (cmake --build build), or name it with --kvreplay")
+    return path
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of the sample traces."""
+    return REPO / "tests" / "data"
