@@ -103,12 +103,14 @@ class Layer:
 
     def check_values(self, total) -> None:
         """Raises TraceError at the first value that is not finite; feeds the words of q, k, v to the hash `total`.
-        Reads one head at a time."""
+        Reads one head at a time, and a matrix whole: its rows share chunks."""
         for name in self.names:
-            for first in range(self._group[name].shape[0]):
+            shape = self._group[name].shape
+            for first in range(shape[0]) if len(shape) > 2 else [None]:
                 words = self.words(name, first)
                 if (bad := dtypes.first_not_finite(words, self.dtype(name))) is not None:
-                    raise TraceError(self._file, f"{self._group.name}/{name}", "value is not finite", (first, *bad))
+                    at = bad if first is None else (first, *bad)
+                    raise TraceError(self._file, f"{self._group.name}/{name}", "value is not finite", at)
                 if name in REQUIRED:
                     total.update(words)
 

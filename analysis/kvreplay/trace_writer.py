@@ -39,8 +39,8 @@ _CHUNK_WORDS = 1 << 20  # a chunk of a very wide tensor is cut to this many word
 
 @dataclass(frozen=True)
 class Matrices:
-    """A tensor too large for memory, in place of an array in LayerData: `read(index)` gives its matrix [rows, columns] at
-    `index`, all axes but the last two, as floats or as stored words."""
+    """A tensor too large for memory, in place of an array in LayerData: `read(index)` gives its matrix [rows, columns]
+    at `index`, all axes but the last two, as floats or as stored words."""
 
     shape: tuple[int, ...]
     read: Callable[[tuple[int, ...]], np.ndarray]
@@ -128,7 +128,7 @@ class Writer:
         self._file.close()
         self._part.unlink(missing_ok=True)
 
-    def _checked(self, where: str, name: str, values, rows: int, dtype: str | None) -> tuple[np.ndarray | Matrices, str]:
+    def _checked(self, where: str, name: str, values, rows: int, dtype: str | None):
         """Tensor `name`, as words unless it is read piece by piece, and the type it is stored in; `dtype` None = the
         default."""
         check_shape(self.path, f"{where}/{name}", _shape(values), shape_of(name, self.header, rows))
@@ -141,7 +141,7 @@ class Writer:
         return (values if isinstance(values, Matrices) else self._words(f"{where}/{name}", values, dtype)), dtype
 
     def _words(self, where: str, values: np.ndarray, dtype: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The words of `values`, which start at `index` of the dataset `where`; raises at a value that is not finite."""
+        """The words of `values`, at `index` of the dataset `where`; raises at a value that is not finite."""
         values = np.asarray(values)
         is_words = values.dtype.kind == "u" and values.dtype.itemsize == dtypes.word_type(dtype).itemsize
         if not (is_words or values.dtype.kind == "f"):
