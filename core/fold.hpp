@@ -17,7 +17,7 @@ class FoldSums {
   /// Adds `victim` with `plan` (whose target is a slot that stays). Rows are read now.
   void add(const Fold& plan, int victim);
 
-  /// Writes every target's rows, rounded to nearest even in `dtype`. Throws InternalError when weights do not divide.
+  /// Writes every target's rows, rounded to nearest even in `dtype`.
   /// Returns the targets whose key changed.
   std::vector<int> write(Dtype dtype);
 

@@ -1,8 +1,11 @@
 // HeadReplay's measuring half: a head's outputs against full attention.
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <cmath>
 
 #include "core/comparison.hpp"
+#include "core/error.hpp"
 #include "core/head_replay.hpp"
 
 namespace kv {
@@ -25,6 +28,10 @@ void HeadReplay::measure(const std::vector<int>& rows, const std::vector<int>& m
       const float* got = attended.output.data() + local * dv;
       const float* full = layer_.full->output.data() + in_full * dv;
       const Comparison c(got, full, model_.value_dim);
+      if (!std::isfinite(c.error2) || !std::isfinite(c.output2))
+        throw TraceError(
+            fmt::format("{}: the attention output of layer {}, query head {}, token {} is not finite: logits overflow",
+                        layer_.trace.file.string(), layer_.layer.info.index, query_head, measured[i]));
       result.error2[at] = c.error2, result.output2[at] = c.output2, result.cosine[at] = c.cosine;
       const double full_lse = layer_.full->lse[in_full];
       // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.

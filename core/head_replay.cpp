@@ -87,7 +87,7 @@ void HeadReplay::take(const BlockRange& block, int step) {
   }
   if (rows.empty()) return;
   const bool in_order = static_cast<int>(rows.size()) == block.last - block.first;
-  const Attended attended = attend(rows, older, in_order, !measured.empty(), observe);
+  const Attended attended = attend(rows, older, in_order, !measured.empty(), observe, TimedPhase::attend);
   if (layer_.full && !measured.empty()) measure(rows, measured, attended);
   if (observe)
     timed(TimedPhase::observe,
@@ -126,7 +126,7 @@ AttentionKeys HeadReplay::attention_keys() {
 }
 
 HeadReplay::Attended HeadReplay::attend(const std::vector<int>& tokens, int older, bool in_order, bool want_output,
-                                        bool observe) {
+                                        bool observe, TimedPhase phase) {
   Attended out;
   const auto rows = tokens.size() * static_cast<std::size_t>(group_);
   double observing = 0;  // counted as observe, not as attend
@@ -143,7 +143,7 @@ HeadReplay::Attended HeadReplay::attend(const std::vector<int>& tokens, int olde
       }
     observing += std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
   };
-  timed(TimedPhase::attend, [&] {
+  timed(phase, [&] {
     const std::vector<float> q = queries(tokens);
     if (want_output) out.output.resize(rows * static_cast<std::size_t>(model_.value_dim)), out.lse.resize(rows);
     attention_.run(attention_keys(), rule_of(model_, layer_.layer, kv_head_),
@@ -151,7 +151,7 @@ HeadReplay::Attended HeadReplay::attend(const std::vector<int>& tokens, int olde
                    in_order ? older + 1 : cache_.size(), want_output ? out.output.data() : nullptr,
                    want_output ? out.lse.data() : nullptr, observe ? std::function(weigh) : nullptr);
   });
-  times_[static_cast<std::size_t>(TimedPhase::attend)] -= observing;
+  times_[static_cast<std::size_t>(phase)] -= observing;
   times_[static_cast<std::size_t>(TimedPhase::observe)] += observing;
   return out;
 }
@@ -174,13 +174,15 @@ Candidates HeadReplay::score(const BlockRange& block) {
   if (traits_.observation_window > 0) {
     std::vector<int> window(static_cast<std::size_t>(std::min(traits_.observation_window, block.last)));
     std::iota(window.begin(), window.end(), block.last - static_cast<int>(window.size()));
-    attend(window, 0, false, false, true);
+    attend(window, 0, false, false, true, TimedPhase::observe);  // the policy's own cost
     timed(TimedPhase::observe, [&] { seen = gather(static_cast<int>(window.size())); });
   }
   Candidates candidates;
   timed(TimedPhase::score, [&] {
     const auto size = static_cast<std::size_t>(cache_.size());
-    std::vector<float> by_slot(size), ordered(size);
+    std::vector<float> by_slot(size,
+                               std::numeric_limits<float>::quiet_NaN());  // a hook that forgets a slot is found out
+    std::vector<float> ordered(size);
     std::vector<int> tokens(size);
     program_->score(cache_, moment(block), seen, by_slot);
     for (std::size_t i = 0; i < size; ++i) {
@@ -217,7 +219,7 @@ void HeadReplay::compress(const BlockRange& block, const Candidates& candidates,
     const std::vector<int> going = victims(candidates, kept);
     stays_.assign(static_cast<std::size_t>(cache_.size()), 1);
     for (const int slot : going) stays_[static_cast<std::size_t>(slot)] = 0;
-    if (!layer_.entry.merges) {
+    if (!layer_.entry.merges || !traits_.merges) {
       counters_.evictions += static_cast<std::int64_t>(going.size());
       drop(block, going);
     } else if (!traits_.one_at_a_time) {
@@ -236,17 +238,29 @@ void HeadReplay::compress(const BlockRange& block, const Candidates& candidates,
   });
 }
 
+void HeadReplay::check_plan(const Fold& plan, int victim) const {
+  const bool weighted = std::isfinite(plan.key) && std::isfinite(plan.value) && std::isfinite(plan.own_key) &&
+                        std::isfinite(plan.own_value) && plan.own_key + plan.key != 0 &&
+                        plan.own_value + plan.value != 0;
+  if (plan.target < 0 || (plan.target != victim && plan.target < cache_.size() && weighted)) return;
+  throw InternalError(
+      fmt::format("policy {} planned a merge that cannot be: layer {}, KV head {}, victim {} into slot {} of {}, "
+                  "weights key {} and {}, value {} and {}",
+                  layer_.entry.doc.name, layer_.layer.info.index, kv_head_, victim, plan.target, cache_.size(),
+                  plan.key, plan.own_key, plan.value, plan.own_value));
+}
+
 void HeadReplay::fold(const BlockRange& block, const std::vector<int>& going) {
   FoldSums sums(cache_);
-  std::vector<std::pair<int, int>> folds;  // (target, victim)
-  for (const int victim : going) {         // every plan before any row changes
+  std::vector<std::pair<Fold, int>> folds;  // (plan, victim)
+  for (const int victim : going) {          // every plan before any row changes
     const Fold plan = program_->merge(cache_, moment(block), stays_, victim);
-    KV_CHECK(plan.target != victim && plan.target < cache_.size());
+    check_plan(plan, victim);
     const bool one =
         traits_.one_at_a_time;  // then the target is merely present: it may itself go later, and carry on what it got
     if (plan.target >= 0 && (one || stays_[static_cast<std::size_t>(plan.target)])) {
       sums.add(plan, victim);
-      folds.emplace_back(plan.target, victim);
+      folds.emplace_back(plan, victim);
     } else {
       ++counters_.evictions;
       if (plan.target >= 0) counters_.lost_in_folds += cache_.multiplicities()[static_cast<std::size_t>(victim)];
@@ -254,9 +268,9 @@ void HeadReplay::fold(const BlockRange& block, const std::vector<int>& going) {
   }
   for (const int slot : sums.write(layer_.trace.dtype))
     if (static_cast<std::size_t>(slot) < slot_rotated_at_.size()) slot_rotated_at_[static_cast<std::size_t>(slot)] = -1;
-  for (const auto& [target, victim] : folds) {
-    cache_.adopt(target, victim);
-    program_->fold(target, victim);
+  for (const auto& [plan, victim] : folds) {
+    cache_.adopt(plan.target, victim);
+    program_->fold(plan, victim);
   }
   counters_.merges += static_cast<std::int64_t>(folds.size());
 }

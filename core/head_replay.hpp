@@ -88,12 +88,14 @@ class HeadReplay {
   Moment moment(const BlockRange& block) const { return {block.last - 1, block.phase, counters_.compressions}; }
   std::vector<float> queries(const std::vector<int>& tokens) const;
   AttentionKeys attention_keys();
-  Attended attend(const std::vector<int>& tokens, int older, bool in_order, bool want_output, bool observe);
+  Attended attend(const std::vector<int>& tokens, int older, bool in_order, bool want_output, bool observe,
+                  TimedPhase phase);
   Observation gather(int rows);
   void measure(const std::vector<int>& tokens, const std::vector<int>& measured, const Attended& attended);
   std::vector<int> lost_tokens() const;
   double full_mass(const std::vector<int>& tokens, int query_token, int query_head, double full_lse) const;
   std::vector<int> victims(const Candidates& candidates, const std::vector<std::uint8_t>& kept) const;
+  void check_plan(const Fold& plan, int victim) const;
   void fold(const BlockRange& block, const std::vector<int>& going);
   void drop(const BlockRange& block, std::vector<int> slots);
   const LayerReplay& layer_;

@@ -30,6 +30,7 @@ struct Traits {
   int observation_window = 0;   // > 0: at each compression head.seen() holds the attention of the last so many queries
   bool observes_prompt = true;  // false: on_attention is not called for prompt rows
   bool key_probe = false;       // head.vector() and slot.probe = key . vector
+  bool merges = true;           // false: a parameter turned on_merge off, so that nothing is ever folded
   bool one_at_a_time = false;   // merges: victims go one by one, each plan sees the folds before it
 };
 
@@ -82,8 +83,8 @@ class HeadProgram {
   /// The plan for one victim; kept[slot] says who stays. Without merging: a Fold with target -1.
   virtual Fold merge(const Cache& cache, const Moment& moment, std::span<const std::uint8_t> kept, int victim) = 0;
 
-  /// State of `from` joins `into`; called after the rows were folded.
-  virtual void fold(int into, int from) = 0;
+  /// State of `from` joins its target; called after the rows were folded.
+  virtual void fold(const Fold& plan, int from) = 0;
 
   /// `slot` is about to go (its rows and state are still there).
   virtual void evict(const Cache& cache, const Moment& moment, int slot) = 0;
@@ -117,6 +118,9 @@ const std::vector<PolicyEntry>& policies();
 
 /// Throws ConfigError with the nearest name.
 const PolicyEntry& find_policy(const std::string& name);
+
+/// Throws InternalError: a hook reads what its policy did not ask for.
+[[noreturn]] void hook_lacks(const char* what);
 
 /// Called by KV_REGISTER before main.
 bool register_policy(PolicyEntry entry);

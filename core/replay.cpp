@@ -84,6 +84,9 @@ ReplayResult empty_result(const TraceHeader& trace, const ReplaySettings& settin
   const auto queries = static_cast<std::size_t>(r.layers * r.query_heads) * r.measured.size();
   for (auto* v : {&r.error2, &r.output2, &r.cosine, &r.lost_mass})
     v->assign(queries, std::numeric_limits<double>::quiet_NaN());
+  if (std::any_of(trace.layers.begin(), trace.layers.end(), [](const LayerInfo& l) { return l.has_wo; }))
+    for (auto* v : {&r.wo_error2, &r.wo_output2})
+      v->assign(static_cast<std::size_t>(r.layers) * r.measured.size(), std::numeric_limits<double>::quiet_NaN());
   for (const BlockRange& block : blocks_of(trace, settings.block)) r.step_token.push_back(block.last - 1);
   r.slots.assign(heads * r.step_token.size(), 0);
   r.final_slots.assign(heads, 0);
@@ -104,19 +107,15 @@ void measure_after_wo(const LayerReplay& layer, const std::vector<float>& deltas
         Eigen::Map<const Rows>(layer.full->output.data() + h * count * m.value_dim, count, m.value_dim);
   const Eigen::VectorXd error2 = (d * wo.transpose()).cast<double>().rowwise().squaredNorm();
   const Eigen::VectorXd output2 = (full * wo.transpose()).cast<double>().rowwise().squaredNorm();
-  r.wo_error2.insert(r.wo_error2.end(), error2.begin(), error2.end());
-  r.wo_output2.insert(r.wo_output2.end(), output2.begin(), output2.end());
-}
-
-bool all_have_wo(const TraceHeader& trace) {
-  return std::all_of(trace.layers.begin(), trace.layers.end(), [](const LayerInfo& l) { return l.has_wo; });
+  std::copy(error2.begin(), error2.end(), r.wo_error2.begin() + layer.index * count);
+  std::copy(output2.begin(), output2.end(), r.wo_output2.begin() + layer.index * count);
 }
 
 /// One pass over all layers; without `measure` a timed pass, which writes nothing to `r`.
 std::vector<UnitOutcome> run_all(Session& session, const PolicyEntry& entry, const BoundPolicy& policy,
                                  const ReplaySettings& settings, ReplayResult& r, bool measure) {
   const TraceHeader& trace = session.header();
-  const bool wo = measure && all_have_wo(trace);
+  const auto has_wo = [&](int l) { return measure && trace.layers[static_cast<std::size_t>(l)].has_wo; };
   const int at_once = session.layers_at_once();
   std::vector<UnitOutcome> outcomes;
   for (int first = 0; first < r.layers; first += at_once) {
@@ -128,12 +127,13 @@ std::vector<UnitOutcome> run_all(Session& session, const PolicyEntry& entry, con
     for (int l = first; l < last; ++l) {
       layers.push_back(session.layer(l));
       full.push_back(measure ? session.reference(l, settings.measured) : nullptr);
-      deltas.emplace_back(wo ? r.measured.size() * static_cast<std::size_t>(r.query_heads * trace.model.value_dim) : 0);
+      deltas.emplace_back(
+          has_wo(l) ? r.measured.size() * static_cast<std::size_t>(r.query_heads * trace.model.value_dim) : 0);
     }
     for (int l = first; l < last; ++l) {
       const auto i = static_cast<std::size_t>(l - first);
       shared.push_back(
-          {trace, *layers[i], entry, policy, settings, full[i].get(), &r, wo ? deltas[i].data() : nullptr, l});
+          {trace, *layers[i], entry, policy, settings, full[i].get(), &r, has_wo(l) ? deltas[i].data() : nullptr, l});
     }
     const std::vector<Unit> units = units_of(first, last, r.kv_heads, policy.traits().scope);
     const std::size_t before = outcomes.size();
@@ -145,8 +145,8 @@ std::vector<UnitOutcome> run_all(Session& session, const PolicyEntry& entry, con
       tbb::parallel_for(std::size_t{0}, units.size(), run, tbb::simple_partitioner{});
     else  // alone on the machine: timings do not share caches and bandwidth with another head's
       for (std::size_t u = 0; u < units.size(); ++u) run(u);
-    if (wo)
-      for (std::size_t i = 0; i < shared.size(); ++i) measure_after_wo(shared[i], deltas[i], r);
+    for (std::size_t i = 0; i < shared.size(); ++i)
+      if (shared[i].deltas) measure_after_wo(shared[i], deltas[i], r);
   }
   return outcomes;
 }
@@ -185,10 +185,11 @@ void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& 
 
 }  // namespace
 
-SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy) {
+SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits) {
   SlotBytes bytes;
   bytes.payload = static_cast<std::size_t>(trace.model.head_dim + trace.model.value_dim) * size_of(trace.dtype);
-  bytes.metadata = 4 + policy.slot_state_bytes + (policy.merges ? 4 : 0);  // position, state, multiplicity
+  bytes.metadata =
+      4 + policy.slot_state_bytes + (policy.merges && traits.merges ? 4 : 0);  // position, state, multiplicity
   bytes.per_head = policy.head_state_bytes;
   return bytes;
 }

@@ -70,6 +70,7 @@ struct Session::Impl {
   std::size_t memory_limit;
   std::list<std::pair<int, std::shared_ptr<const PreparedLayer>>> layers;  // most recently used first
   std::map<std::pair<int, std::vector<int>>, std::shared_ptr<const FullAttention>> references;
+  std::size_t reference_bytes = 0;
   std::map<std::pair<RopeRecipe, bool>, std::shared_ptr<const RopeTable>> tables;
 
   /// Rotations by the recipe; to the tokens' own positions, or to slot indices.
@@ -132,9 +133,13 @@ int Session::layers_at_once() {
 }
 
 std::shared_ptr<const FullAttention> Session::reference(int layer, const std::vector<int>& measured) {
-  auto& entry = impl_->references[{layer, measured}];
-  if (!entry) entry = std::make_shared<FullAttention>(full_attention(header(), *this->layer(layer), measured));
-  return entry;
+  const auto found = impl_->references.find({layer, measured});
+  if (found != impl_->references.end()) return found->second;
+  const auto full = std::make_shared<FullAttention>(full_attention(header(), *this->layer(layer), measured));
+  const std::size_t bytes = sizeof(float) * full->output.size() + sizeof(double) * full->lse.size();
+  if (impl_->reference_bytes + bytes > impl_->memory_limit) impl_->references.clear(), impl_->reference_bytes = 0;
+  impl_->reference_bytes += bytes;
+  return impl_->references[{layer, measured}] = full;
 }
 
 }  // namespace kv

@@ -40,7 +40,8 @@ class Session {
   /// How many layers fit into memory together: what a parallel section may hold at once.
   int layers_at_once();
 
-  /// Full attention of that layer for `measured` tokens, computed at the first call.
+  /// Full attention of that layer for `measured` tokens, computed at the first call and kept while all of them fit into
+  /// the memory limit.
   std::shared_ptr<const FullAttention> reference(int layer, const std::vector<int>& measured);
 
  private:

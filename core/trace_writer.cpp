@@ -7,9 +7,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cmath>
 #include <cstring>
-#include <ctime>
+
 #include <map>
 #include <optional>
 #include <utility>
@@ -36,7 +37,9 @@ h5::Shape chunk_of(const h5::Shape& shape, std::size_t element_size) {
   return chunk;
 }
 
-std::string now_utc() { return fmt::format("{:%Y-%m-%dT%H:%M:%S+00:00}", fmt::gmtime(std::time(nullptr))); }
+std::string now_utc() {
+  return fmt::format("{:%Y-%m-%dT%H:%M:%S+00:00}", fmt::gmtime(std::chrono::system_clock::now()));
+}
 
 void write_model(h5::Group group, const ModelInfo& model) {
   group.set_integer("layers", model.layers);

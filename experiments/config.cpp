@@ -104,7 +104,10 @@ Config parse_config(const std::string& text, const std::string& name, const std:
   Config config{name, text, {}, parse_overrides(overrides)};
   config.root = guarded(name, true, "", [&] {
     const std::vector<YAML::Node> documents = YAML::LoadAll(text);
-    if (documents.size() != 1 || documents.front().IsNull()) fail({name, 0}, "expected one YAML map, found nothing");
+    if (documents.size() > 1)
+      fail({name, 0},
+           fmt::format("expected one YAML map, found {} documents ('---' starts another)", documents.size()));
+    if (documents.empty() || documents.front().IsNull()) fail({name, 0}, "expected one YAML map, found nothing");
     Node root = Reader(name, true).read(documents.front());
     if (root.kind != Node::Kind::map) fail(root.place, "expected a map of keys such as 'policy: h2o'");
     return root;

@@ -90,16 +90,19 @@ constexpr const char* configs_rules = R"(
 - A parameter that stands beside its policy's name (in the same block, map or command line) must be that policy's. One
   that is inherited from the base, or given on the command line for all, goes to the policies that have it; it is an
   error when none has.
-- A budget is used as written: `1` is one slot, `1.0` and `100%` are everything. `full` takes no budget.
-- Points that are the same are run once. A run is identified by its settings with `auto` resolved and by the content of
-  the trace, so adding blocks to a file keeps what is done.
+- A budget is used as written: `1` is one slot, `1.0` and `100%` are everything. `full` needs none and is the same run
+  at every budget.
+- Points that are the same run are run once, with the most `series` and `timing.repeats` that any of them asks for. A
+  run is identified by its settings with `auto` resolved and by everything in the trace that can change a number, so
+  adding blocks to a file keeps what is done.
 - `--only key=value` keeps the points with that value; the same key twice means either value, different keys mean both.
 
 ## What happens to rows
 
 A second `kvreplay run` of the same command runs only what is missing. `--retry-failed` runs points whose row says
-`error` again, `--force` all. A finished point runs again when `series` or more `timing.repeats` are asked for than its
-row has. Points that their trace cannot serve are an error before the first run; with `on_invalid: skip` they become
+`error` again, `--force` all; until then the exit code stays that of the first failed point. A row is replaced when its
+successor is written, not before. A finished point runs again when `series` or more `timing.repeats` are asked for than
+its row has. Points that their trace cannot serve are an error before the first run; with `on_invalid: skip` they become
 rows with `status: skipped` and the reason.
 )";
 

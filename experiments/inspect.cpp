@@ -146,7 +146,9 @@ std::string obstacle(const TraceHeader& h, const PolicyEntry& entry, const std::
   settings.positions = entry.published.positions;
   settings.measured = tokens;
   try {
-    settings.budget = policy->traits().compresses ? slots_of(parse_budget("50%"), h, slot_bytes(h, entry)) : h.tokens;
+    settings.budget = policy->traits().compresses
+                          ? slots_of(parse_budget("50%"), h, slot_bytes(h, entry, policy->traits()))
+                          : h.tokens;
     check_point(h, entry, *policy, settings);
   } catch (const ConfigError& error) {
     return error.what();

@@ -47,7 +47,8 @@ struct Keys {
     field("protect.sinks", protect.sinks, counts, "first tokens that no policy may evict");
     field("protect.recent", protect.recent, counts, "newest slots that no policy may evict");
     field("series", series, "also write series/RUN.h5 with every query's errors, every step's slots and what was kept");
-    field("timing.repeats", timing_repeats, Range{0, 1000}, "timed passes after the checked one; 0 = none, no us.*");
+    field("timing.repeats", timing_repeats, Range{0, 1000},
+          "timed passes after the checked one; 0 = none: the us.* of the row are null");
     field("on_invalid", on_invalid, Choices{"error", "skip"},
           "a point that its trace cannot serve: stop before the first run, or write a row with status skipped");
   }

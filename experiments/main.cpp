@@ -68,7 +68,10 @@ struct Request {
 
 int execute(const CLI::App& app, Request& request) {
   if (app.got_subcommand("run")) {
-    if (!request.out.empty()) request.run.out = request.out;
+    if (app.get_subcommand("run")->count("--out") > 0) {
+      if (request.out.empty()) throw kv::ConfigError("--out: expected a folder, got ''");
+      request.run.out = request.out;
+    }
     return kv::run_sweep(request.run);
   }
   if (app.got_subcommand("inspect")) {

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <thread>
 
 #include "core/metrics.hpp"
 #include "experiments/results.hpp"
@@ -46,10 +47,11 @@ Json read_old(const std::filesystem::path& file) {
   return old;
 }
 
-Json describe(const TraceHeader& header) {
+Json describe(const TraceHeader& header, const std::string& identity) {
   Json layers = Json::array();
   for (const LayerInfo& layer : header.layers) layers.push_back(layer.index);
   return {{"sha256", header.content_sha256},
+          {"identity", identity},
           {"dataset", header.dataset},
           {"model", header.model_id},
           {"tokens", header.tokens},
@@ -62,7 +64,7 @@ void add_catalogue(Json& manifest, const Plan& plan) {
   for (const Point& point : plan.points) {
     const PolicyDoc& doc = point.entry->doc;
     manifest["policies"][point.keys.policy] = {{"title", doc.title}, {"paper", doc.paper}, {"summary", doc.summary}};
-    manifest["traces"][point.keys.trace] = describe(plan.header(point));
+    manifest["traces"][point.keys.trace] = describe(plan.header(point), plan.identities.at(point.keys.trace));
   }
   for (const MetricDoc& doc : metric_docs())
     manifest["metrics"][doc.name] = {
@@ -82,7 +84,8 @@ void write_manifest(const std::filesystem::path& dir, const Config& config, cons
   manifest["version"] = build::version;
   manifest["git"] = {{"sha", build::git_sha}, {"dirty", build::git_dirty}};
   manifest["build"] = {{"compiler", build::compiler}, {"flags", build::flags}, {"cuda", build::cuda_version}};
-  manifest["host"] = {{"name", host_name()}, {"cpu", cpu_name()}, {"threads", threads}};
+  manifest["device"] = {{"kind", "cpu"}, {"name", cpu_name()}, {"cores", std::thread::hardware_concurrency()}};
+  manifest["host"] = {{"name", host_name()}, {"threads", threads}};
   const std::string now = utc_now();
   manifest["started"] = old.contains("started") ? old["started"] : Json(now);
   manifest["updated"] = now;

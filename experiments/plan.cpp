@@ -3,10 +3,12 @@
 #include <fmt/core.h>
 
 #include <algorithm>
+#include <charconv>
 #include <filesystem>
 #include <set>
 
 #include "core/error.hpp"
+#include "experiments/trace_identity.hpp"
 
 namespace kv {
 namespace {
@@ -22,10 +24,11 @@ std::vector<std::pair<std::string, Value>> filterable(const Point& point) {
   return values;
 }
 
+/// Throws when there is nothing at the path; what is there but no file is for the trace reader to refuse.
 void check_file(const Point& point) {
   const fs::path path = point.keys.trace;
   std::error_code ignored;
-  if (fs::is_regular_file(path, ignored)) return;
+  if (fs::exists(path, ignored)) return;
   std::vector<std::string> names;
   const fs::path folder = path.has_parent_path() ? path.parent_path() : fs::path(".");
   for (const auto& entry : fs::directory_iterator(folder, ignored)) names.push_back(entry.path().filename().string());
@@ -38,17 +41,35 @@ void open_traces(Plan& plan) {
   for (const Point& point : plan.points) check_file(point);
   for (const Point& point : plan.points) {
     std::unique_ptr<Session>& session = plan.sessions[point.keys.trace];
-    if (!session) session = std::make_unique<Session>(point.keys.trace);
+    if (session) continue;
+    session = std::make_unique<Session>(point.keys.trace);
+    plan.identities[point.keys.trace] = trace_identity(session->header());
   }
 }
 
-/// Points of one trace together, traces and points in the order written; of points with the same run only the first.
+/// Makes `point` ask for whatever `other`, the same run, asks for.
+void merge(Point& point, const Point& other) {
+  point.keys.series |= other.keys.series;
+  point.keys.timing_repeats = std::max(point.keys.timing_repeats, other.keys.timing_repeats);
+  point.settings.timing_repeats = point.keys.timing_repeats;
+}
+
+/// Points of one trace together, traces and points in the order written; points with the same run become the first.
 void order_and_collapse(Plan& plan) {
   std::map<std::string, int> rank;
   for (const Point& point : plan.points) rank.emplace(point.keys.trace, static_cast<int>(rank.size()));
   std::ranges::stable_sort(plan.points, {}, [&](const Point& point) { return rank.at(point.keys.trace); });
-  std::set<std::string> seen;
-  plan.duplicates = std::erase_if(plan.points, [&](const Point& point) { return !seen.insert(point.run).second; });
+  std::vector<Point> distinct;
+  std::map<std::string, std::size_t> place;
+  for (Point& point : plan.points) {
+    const auto [at, fresh] = place.try_emplace(point.run, distinct.size());
+    if (fresh)
+      distinct.push_back(std::move(point));
+    else
+      merge(distinct[at->second], point);
+  }
+  plan.duplicates = plan.points.size() - distinct.size();
+  plan.points = std::move(distinct);
 }
 
 /// One `--only` key with the values that may pass.
@@ -71,6 +92,24 @@ std::vector<Filter> parse_only(const std::vector<std::string>& only) {
   return filters;
 }
 
+/// Whether `text` is a spelling of `value`: 0.50 and 5e-1 are 0.5.
+bool spells(const std::string& text, const Value& value) {
+  if (text == to_text(value)) return true;
+  double x = 0;
+  const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), x);
+  if (error != std::errc{} || stop != text.data() + text.size()) return false;
+  if (const std::int64_t* i = std::get_if<std::int64_t>(&value)) return x == static_cast<double>(*i);
+  const double* number = std::get_if<double>(&value);
+  return number != nullptr && x == *number;
+}
+
+bool passes(const Filter& filter, const Point& point) {
+  return std::ranges::any_of(filterable(point), [&](const auto& entry) {
+    return entry.first == filter.key &&
+           std::ranges::any_of(filter.values, [&](const std::string& text) { return spells(text, entry.second); });
+  });
+}
+
 /// Throws when no point could pass `filter`, naming what is close.
 void check_filter(const Filter& filter, const std::vector<Point>& points) {
   std::set<std::string> keys, values;
@@ -84,15 +123,9 @@ void check_filter(const Filter& filter, const std::vector<Point>& points) {
     fail(command_line,
          fmt::format("--only: no point has a key '{}'{}", filter.key, did_you_mean(filter.key, list(keys))));
   for (const std::string& value : filter.values)
-    if (!values.contains(value))
+    if (std::ranges::none_of(points, [&](const Point& point) { return passes({filter.key, {value}}, point); }))
       fail(command_line,
            fmt::format("--only: no point has {}={}{}", filter.key, value, did_you_mean(value, list(values))));
-}
-
-bool passes(const Filter& filter, const Point& point) {
-  return std::ranges::any_of(filterable(point), [&](const auto& entry) {
-    return entry.first == filter.key && std::ranges::find(filter.values, to_text(entry.second)) != filter.values.end();
-  });
 }
 
 void apply_only(Plan& plan, const std::vector<std::string>& only) {
@@ -132,9 +165,9 @@ Plan make_plan(const Config& config, const std::vector<std::string>& only) {
   Plan plan;
   plan.points = resolve(expand(config));
   open_traces(plan);
-  for (Point& point : plan.points) attach(point, plan.header(point));
-  order_and_collapse(plan);
+  for (Point& point : plan.points) attach(point, plan.header(point), plan.identities.at(point.keys.trace));
   apply_only(plan, only);
+  order_and_collapse(plan);
   find_varying(plan);
   return plan;
 }

@@ -14,6 +14,7 @@ namespace kv {
 struct Plan {
   std::vector<Point> points;                                 // distinct; all of one trace together
   std::map<std::string, std::unique_ptr<Session>> sessions;  // by trace as written
+  std::map<std::string, std::string> identities;             // trace_identity, by trace as written
   std::size_t duplicates = 0;        // points that were left out because another is the same run
   std::vector<std::string> varying;  // keys by which points differ; parameters within one policy
   std::map<std::string, std::vector<std::string>> own_varying;  // the same among the points of one policy

@@ -77,10 +77,8 @@ class Resolver {
       if (point.keys.block != "auto") point.block = parse_block(point.keys.block);
     });
     if (point.keys.backend == AskedBackend::cuda)
-      throw CudaError(
-          fmt::format("{}: backend: this kvreplay was built without CUDA; rebuild with -DKV_CUDA=ON or use "
-                      "backend: cpu",
-                      to_text(point.place_of("backend"))));
+      throw CudaError(fmt::format("{}: backend: this kvreplay has no CUDA engine yet; use backend: cpu or auto",
+                                  to_text(point.place_of("backend"))));
     point.backend = "cpu";
   }
 
@@ -134,14 +132,13 @@ class Resolver {
     point.positions = positions == AskedPositions::automatic  ? published.positions
                       : positions == AskedPositions::absolute ? Positions::absolute
                                                               : Positions::cache;
-    if (!point.policy->traits().compresses) {
-      point.budget = {};  // everything, whatever was asked: its points at several budgets are one
-      return;
-    }
-    if (point.keys.budget.empty())
+    const bool compresses = point.policy->traits().compresses;
+    if (compresses && point.keys.budget.empty())
       fail(point.place_of("policy"),
            fmt::format("budget: missing; policy {} needs one, such as 'budget: 25%'", point.keys.policy));
-    point.budget = at_place(point.place_of("budget"), "", [&] { return parse_budget(point.keys.budget); });
+    if (!point.keys.budget.empty())
+      point.budget = at_place(point.place_of("budget"), "", [&] { return parse_budget(point.keys.budget); });
+    if (!compresses) point.budget = {};  // everything, whatever was asked: its points at several budgets are one
   }
 
   std::map<std::pair<Place, std::string>, Use> inherited_;
@@ -169,7 +166,7 @@ std::vector<std::pair<std::string, Value>> Point::values() const {
   all.emplace_back("replay.measure", keys.measure);
   all.emplace_back("protect.sinks", std::int64_t{keys.protect.sinks});
   all.emplace_back("protect.recent", std::int64_t{keys.protect.recent});
-  all.emplace_back("budget", budget.text);
+  all.emplace_back("budget", keys.budget.empty() ? budget.text : keys.budget);
   all.emplace_back("seed", std::int64_t{keys.seed});
   all.emplace_back("backend", backend);
   all.emplace_back("series", keys.series);
@@ -185,8 +182,8 @@ std::vector<Point> resolve(const std::vector<RawPoint>& raw) {
   return points;
 }
 
-void attach(Point& point, const TraceHeader& header) {
-  point.run = run_id(canonical(point, header.content_sha256));
+void attach(Point& point, const TraceHeader& header, const std::string& trace_identity) {
+  point.run = run_id(canonical(point, trace_identity));
   ReplaySettings& settings = point.settings;
   settings.block = point.block;
   settings.compress = point.compress;
@@ -201,7 +198,7 @@ void attach(Point& point, const TraceHeader& header) {
       throw ConfigError(
           fmt::format("replay.measure: no query of '{}' is in every layer's q_index", point.keys.measure));
     settings.budget = point.policy->traits().compresses
-                          ? slots_of(point.budget, header, slot_bytes(header, *point.entry))
+                          ? slots_of(point.budget, header, slot_bytes(header, *point.entry, point.policy->traits()))
                           : header.tokens;
     check_point(header, *point.entry, *point.policy, settings);
   } catch (const ConfigError& error) {
@@ -210,11 +207,12 @@ void attach(Point& point, const TraceHeader& header) {
   }
 }
 
-std::string canonical(const Point& point, const std::string& trace_sha256) {
+std::string canonical(const Point& point, const std::string& trace_identity) {
   nlohmann::json text;  // keys sorted, values typed
   for (const auto& [key, value] : point.values())
     if (key != "series" && key != "timing.repeats") text[key] = to_json(value);
-  text["trace"] = trace_sha256;
+  text["budget"] = point.budget.text;
+  text["trace"] = trace_identity;
   return text.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 

@@ -21,7 +21,7 @@ struct Point {
   const PolicyEntry* entry = nullptr;
   std::shared_ptr<BoundPolicy> policy;                // with its parameters
   std::vector<std::pair<std::string, Value>> params;  // "policy.recent", ...: all of the policy's, resolved
-  Budget budget;
+  Budget budget;  // everything when the policy does not compress, whatever was written
   Block block;
   Compress compress = Compress::always;
   Positions positions = Positions::absolute;
@@ -47,11 +47,11 @@ struct Point {
 std::vector<Point> resolve(const std::vector<RawPoint>& raw);
 
 /// Fills in what depends on the trace: slots, measured tokens, run id; checks that the trace can serve the point. A
-/// point it cannot serve gets `invalid`, or is a ConfigError, as its `on_invalid` says.
-void attach(Point& point, const TraceHeader& header);
+/// point it cannot serve gets `invalid`, or is a ConfigError, as its `on_invalid` says. `trace_identity` is its trace's.
+void attach(Point& point, const TraceHeader& header, const std::string& trace_identity);
 
-/// The text whose hash is the run id: what is computed, on which content.
-std::string canonical(const Point& point, const std::string& trace_sha256);
+/// The text whose hash is the run id: what is computed, on which trace.
+std::string canonical(const Point& point, const std::string& trace_identity);
 
 /// First 16 hex digits of the SHA-256 of `canonical`.
 std::string run_id(const std::string& canonical);

@@ -23,6 +23,11 @@ std::string human_seconds(double seconds) {
   return fmt::format("{} h {} min", whole / 3600, whole % 3600 / 60);
 }
 
+void say(std::FILE* out, const std::string& text) {
+  std::fputs(text.c_str(), out);
+  std::fflush(out);
+}
+
 Progress::Progress(std::size_t total, std::FILE* out) : out_(out), terminal_(isatty(fileno(out)) == 1), total_(total) {
   draw_bar(0);
 }
@@ -34,22 +39,20 @@ void Progress::finished(const std::string& text, double seconds) {
   seconds_ += seconds;
   const double left = seconds_ / static_cast<double>(done_) * static_cast<double>(total_ - done_);
   clear_bar();
-  fmt::print(out_, "[{}/{}] {} {} eta {}\n", done_, total_, text, human_seconds(seconds), human_seconds(left));
+  say(out_, fmt::format("[{}/{}] {} {} eta {}\n", done_, total_, text, human_seconds(seconds), human_seconds(left)));
   draw_bar(left);
 }
 
 void Progress::clear_bar() {
-  if (terminal_) fmt::print(out_, "\r\033[K");
-  std::fflush(out_);
+  if (terminal_) say(out_, "\r\033[K");
 }
 
 void Progress::draw_bar(double left) {
   if (!terminal_ || done_ == total_) return;
   constexpr std::size_t width = 40;
   const std::size_t full = done_ * width / total_;
-  fmt::print(out_, "{}{} {}/{}{}", std::string(full, '#'), std::string(width - full, '.'), done_, total_,
-             done_ == 0 ? "" : " eta " + human_seconds(left));
-  std::fflush(out_);
+  say(out_, fmt::format("{}{} {}/{}{}", std::string(full, '#'), std::string(width - full, '.'), done_, total_,
+                        done_ == 0 ? "" : " eta " + human_seconds(left)));
 }
 
 }  // namespace kv

@@ -12,6 +12,9 @@ std::string human_bytes(double bytes);
 /// "0.41 s", "38 s", "3 min 10 s", "2 h 5 min"
 std::string human_seconds(double seconds);
 
+/// Writes `text` and flushes. When nobody reads any more (`kvreplay run | head -1`) the sweep goes on all the same.
+void say(std::FILE* out, const std::string& text);
+
 class Progress {
  public:
   explicit Progress(std::size_t total, std::FILE* out = stdout);

@@ -5,11 +5,12 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <sstream>
-#include <system_error>
 
 #include "core/error.hpp"
 #include "experiments/config.hpp"
@@ -20,12 +21,17 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-[[noreturn]] void fail_system(const std::string& what) {
-  throw std::system_error(errno, std::generic_category(), what);
+[[noreturn]] void fail_to_write(const fs::path& file) {
+  throw ConfigError(fmt::format("--out: cannot write {}: {}", file.string(), std::strerror(errno)));
 }
 
+/// The whole file, "" when there is none.
 std::string read_text(const fs::path& file) {
+  std::error_code ignored;
+  if (!fs::exists(file, ignored)) return "";
   std::ifstream in(file, std::ios::binary);
+  if (!in || !fs::is_regular_file(file, ignored))
+    throw ConfigError(fmt::format("--out: {} is not a file that can be read; choose another --out", file.string()));
   std::ostringstream text;
   text << in.rdbuf();
   return text.str();
@@ -60,6 +66,9 @@ RowState state_of(const json& row) {
   if (status != row.end() && status->is_string()) state.status = status->get<std::string>();
   state.series = series != row.end() && series->is_boolean() && series->get<bool>();
   state.timing_repeats = repeats != row.end() && repeats->is_number_integer() ? repeats->get<std::int64_t>() : 0;
+  const auto error = row.find("error"), code = row.find("error.code");
+  if (error != row.end() && error->is_string()) state.error = error->get<std::string>();
+  if (code != row.end() && code->is_number_integer()) state.error_code = code->get<int>();
   return state;
 }
 
@@ -67,10 +76,10 @@ void write_all(int fd, const std::string& text, const fs::path& file) {
   for (std::size_t done = 0; done < text.size();) {
     const ssize_t n = ::write(fd, text.data() + done, text.size() - done);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail_system("cannot write " + file.string());
+    if (n < 0) fail_to_write(file);
     done += static_cast<std::size_t>(n);
   }
-  if (::fsync(fd) != 0) fail_system("cannot write " + file.string());
+  if (::fsync(fd) != 0) fail_to_write(file);
 }
 
 }  // namespace
@@ -97,9 +106,10 @@ Results::Results(const fs::path& dir) : file_(dir / "runs.jsonl") {
     const std::string text = read_text(file_);
     const std::size_t whole = visit_rows(file_.string(), text, [&](const std::string&, const json& row) {
       rows_[row["run"].get<std::string>()] = state_of(row);
+      ++lines_;
     });
     out_ = ::open(file_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
-    if (out_ < 0 || ::ftruncate(out_, static_cast<off_t>(whole)) != 0) fail_system("cannot write " + file_.string());
+    if (out_ < 0 || ::ftruncate(out_, static_cast<off_t>(whole)) != 0) fail_to_write(file_);
     if (whole > 0 && text[whole - 1] != '\n') write_all(out_, "\n", file_);  // killed between a row and its newline
   } catch (...) {
     if (out_ >= 0) ::close(out_);
@@ -113,40 +123,46 @@ Results::~Results() {
   ::close(lock_);
 }
 
-void Results::drop(const std::set<std::string>& runs) {
-  std::string kept;
-  bool found = false;
-  visit_rows(file_.string(), read_text(file_), [&](const std::string& line, const json& row) {
-    const bool dropped = runs.contains(row["run"].get<std::string>());
-    found |= dropped;
-    if (!dropped) kept += line + "\n";
-  });
-  if (!found) return;
-  write_atomically(file_, kept);
-  const int fresh = ::open(file_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
-  if (fresh < 0) fail_system("cannot write " + file_.string());
-  ::close(out_);
-  out_ = fresh;
-  std::erase_if(rows_, [&](const auto& entry) { return runs.contains(entry.first); });
-}
-
 void Results::append(const Row& row) {
   write_all(out_, row.dump(-1, ' ', false, Row::error_handler_t::replace) + "\n", file_);
   rows_[row["run"].get<std::string>()] = state_of(row);
+  ++lines_;
+}
+
+void Results::compact() {
+  if (lines_ == rows_.size()) return;
+  const std::string text = read_text(file_);
+  std::map<std::string, std::size_t> last;  // line of each run
+  std::size_t line_number = 0;
+  visit_rows(file_.string(), text,
+             [&](const std::string&, const json& row) { last[row["run"].get<std::string>()] = line_number++; });
+  std::string kept;
+  line_number = 0;
+  visit_rows(file_.string(), text, [&](const std::string& line, const json& row) {
+    if (last.at(row["run"].get<std::string>()) == line_number++) kept += line + "\n";
+  });
+  write_atomically(file_, kept);
+  const int fresh = ::open(file_.c_str(), O_WRONLY | O_APPEND | O_CLOEXEC);
+  if (fresh < 0) fail_to_write(file_);
+  ::close(out_);
+  out_ = fresh;
+  lines_ = rows_.size();
 }
 
 void write_atomically(const fs::path& file, const std::string& text) {
   const fs::path part = file.string() + ".part";
   const int fd = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) fail_system("cannot write " + part.string());
+  if (fd < 0) fail_to_write(part);
+  std::error_code ignored;
   try {
     write_all(fd, text, part);
   } catch (...) {
     ::close(fd);
+    fs::remove(part, ignored);
     throw;
   }
   ::close(fd);
-  fs::rename(part, file);
+  if (std::rename(part.c_str(), file.c_str()) != 0) fail_to_write(file);
 }
 
 bool is_done(const Point& point, const RowState* row) {

@@ -46,6 +46,7 @@ void add_errors(Row& row, const Metrics& metrics, const NoiseFloor& floor) {
 
 void add_held(Row& row, const Held& held) {
   row["bytes.full"] = held.full;
+  row["bytes.full_mean"] = held.full_mean;
   row["bytes.cache_mean"] = held.cache_mean;
   row["bytes.cache_peak"] = held.cache_peak;
   row["bytes.cache_final"] = held.cache_final;
@@ -104,9 +105,11 @@ Held held_of(const ReplayResult& result, const TraceHeader& header, const SlotBy
   const std::size_t all_steps = result.step_token.size();
   const auto slots = [&](std::size_t head, std::size_t step) { return result.slots[head * all_steps + step]; };
   const std::vector<std::size_t> steps = measured_steps(result);
-  held.full = heads * static_cast<std::size_t>(header.tokens) * (bytes.payload + sizeof(std::int32_t));
+  const std::size_t full_slot = bytes.payload + sizeof(std::int32_t);  // a token's position is all its metadata
+  held.full = heads * static_cast<std::size_t>(header.tokens) * full_slot;
   held.slots_min = std::numeric_limits<int>::max();
-  std::size_t total = 0;  // slots of all heads and measured steps
+  std::size_t total = 0;   // slots of all heads and measured steps
+  std::size_t tokens = 0;  // seen at all measured steps, by one head
   for (const std::size_t step : steps) {
     std::size_t now = 0;
     for (std::size_t head = 0; head < heads; ++head) {
@@ -116,9 +119,12 @@ Held held_of(const ReplayResult& result, const TraceHeader& header, const SlotBy
     }
     held.cache_peak = std::max(held.cache_peak, now * bytes.slot() + heads * bytes.per_head);
     total += now;
+    tokens += static_cast<std::size_t>(result.step_token[step]) + 1;
   }
   const double mean = static_cast<double>(total) / static_cast<double>(steps.size());
   held.slots_mean = mean / static_cast<double>(heads);
+  held.full_mean =
+      static_cast<double>(tokens) / static_cast<double>(steps.size()) * static_cast<double>(heads * full_slot);
   held.cache_mean = mean * static_cast<double>(bytes.slot()) + static_cast<double>(heads * bytes.per_head);
   held.metadata_mean = mean * static_cast<double>(bytes.metadata) + static_cast<double>(heads * bytes.per_head);
   held.cache_final = heads * bytes.per_head;
@@ -137,6 +143,7 @@ Row make_row(const Point& point, const TraceHeader& header, const std::string& s
   row["run"] = point.run;
   row["status"] = status;
   row["error"] = error.empty() ? Row(nullptr) : Row(error);
+  row["error.code"] = nullptr;
   for (const auto& [key, value] : point.values()) {
     row[key] = to_json(value);
     if (key == "trace") {
@@ -144,17 +151,26 @@ Row make_row(const Point& point, const TraceHeader& header, const std::string& s
       row["trace.dataset"] = header.dataset;
       row["trace.model"] = header.model_id;
     }
-    if (key == "budget") row["budget_slots"] = point.settings.budget > 0 ? Row(point.settings.budget) : Row(nullptr);
+    if (key == "budget") {
+      const int slots = std::min(point.settings.budget, header.tokens);
+      row["budget_slots"] = slots > 0 ? Row(slots) : Row(nullptr);
+    }
   }
   row["layers"] = Row::array();
   for (const LayerInfo& layer : header.layers) row["layers"].push_back(layer.index);
   return row;
 }
 
+void set_failed(Row& row, const std::string& error, int code) {
+  row["status"] = "error";
+  row["error"] = error;
+  row["error.code"] = code;
+}
+
 void add_result(Row& row, const Point& point, const TraceHeader& header, const ReplayResult& result,
                 const Metrics& metrics, const NoiseFloor& floor, const RunCost& cost) {
   add_errors(row, metrics, floor);
-  add_held(row, held_of(result, header, slot_bytes(header, *point.entry)));
+  add_held(row, held_of(result, header, slot_bytes(header, *point.entry, point.policy->traits())));
   row["count.evictions"] = result.evictions;
   row["count.merges"] = result.merges;
   row["count.lost_in_folds"] = result.lost_in_folds;

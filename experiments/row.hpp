@@ -24,17 +24,22 @@ struct RunCost {
 /// The part that every row has: run, status, error, trace and all settings.
 Row make_row(const Point& point, const TraceHeader& header, const std::string& status, const std::string& error);
 
+/// Makes it the row of a failed run; what was measured stays in it. `code` is the exit code of the failure.
+void set_failed(Row& row, const std::string& error, int code);
+
 /// Adds everything measured.
 void add_result(Row& row, const Point& point, const TraceHeader& header, const ReplayResult& result,
                 const Metrics& metrics, const NoiseFloor& floor, const RunCost& cost);
 
 /// Slots and bytes held over the measured steps (blocks with a measured token), all layers and heads together.
 struct Held {
-  double cache_mean = 0, metadata_mean = 0;               // bytes
-  std::size_t cache_peak = 0, cache_final = 0, full = 0;  // bytes
-  double slots_mean = 0;                                  // per layer and head
-  int slots_min = 0, slots_peak = 0;                      // of any layer and head
-  std::optional<double> slots_decode_mean;                // over all decode steps
+  double cache_mean = 0, metadata_mean = 0;     // bytes
+  std::size_t cache_peak = 0, cache_final = 0;  // bytes
+  std::size_t full = 0;                         // bytes of a full cache of all tokens
+  double full_mean = 0;                         // bytes of the full cache over the same measured steps
+  double slots_mean = 0;                        // per layer and head
+  int slots_min = 0, slots_peak = 0;            // of any layer and head
+  std::optional<double> slots_decode_mean;      // over all decode steps
 };
 Held held_of(const ReplayResult& result, const TraceHeader& header, const SlotBytes& bytes);
 

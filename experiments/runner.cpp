@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <memory>
 
 #include "core/error.hpp"
@@ -34,30 +35,40 @@ extern "C" void on_interrupt(int) {
   interrupts = 1;
 }
 
-/// While it lives, Ctrl-C asks the sweep to stop after the running point; a second one ends the process at once.
-class InterruptGuard {
+/// While it lives, Ctrl-C asks the sweep to stop after the running point, a second one ends the process at once, and a
+/// reader of our output that goes away does not.
+class SignalGuard {
  public:
-  InterruptGuard() {
+  SignalGuard() {
     interrupts = 0;
     struct sigaction action {};
     action.sa_handler = on_interrupt;
     action.sa_flags = SA_RESTART;
     sigaction(SIGINT, &action, &old_int_);
     sigaction(SIGTERM, &action, &old_term_);
+    action.sa_handler = SIG_IGN;
+    sigaction(SIGPIPE, &action, &old_pipe_);
   }
-  ~InterruptGuard() {
+  ~SignalGuard() {
     sigaction(SIGINT, &old_int_, nullptr);
     sigaction(SIGTERM, &old_term_, nullptr);
+    sigaction(SIGPIPE, &old_pipe_, nullptr);
   }
   bool interrupted() const { return interrupts > 0; }
 
  private:
   struct sigaction old_int_ {
-  }, old_term_{};
+  }, old_term_{}, old_pipe_{};
 };
 
 struct Counts {
   std::size_t ok = 0, failed = 0, done = 0, skipped = 0, left = 0, failed_before = 0;
+};
+
+/// Why a point has no good row: from this run, or from the row of an earlier one.
+struct Failure {
+  std::string message;
+  int code;
 };
 
 /// Runs the points of one plan into one output folder.
@@ -74,23 +85,25 @@ class Runner {
     for (const Point* point : skips_)
       results_.append(make_row(*point, plan_.header(*point), "skipped", point->invalid));
     run_all();
+    results_.compact();
     print_end();
-    return guard_.interrupted() ? interrupted_code : code_;
+    if (guard_.interrupted()) return interrupted_code;
+    return failures_.empty() ? 0 : failures_.begin()->second.code;
   }
 
  private:
   void sort_points() {
-    std::set<std::string> replaced;
     for (const Point& point : plan_.points) {
       const Action action = action_of(point, results_.rows(), options_);
       if (action == Action::run) pending_.push_back(&point);
       if (action == Action::skip) skips_.push_back(&point);
-      if (action == Action::run || action == Action::skip) replaced.insert(point.run);
       counts_.done += action == Action::done;
       counts_.skipped += action == Action::skip || action == Action::skipped;
-      counts_.failed_before += action == Action::failed;
+      if (action != Action::failed) continue;
+      const RowState& row = results_.rows().at(point.run);
+      failures_[&point] = {row.error, row.error_code};
+      ++counts_.failed_before;
     }
-    results_.drop(replaced);
   }
 
   void run_all() {
@@ -114,18 +127,19 @@ class Runner {
 
   /// Replays one point and appends its row, an error's too. Returns what the progress line says of it.
   std::string run_point(const Point& point, Clock::time_point start) {
-    const TraceHeader& header = plan_.header(point);
+    Row row = make_row(point, plan_.header(point), "ok", "");
     std::string said;
-    Row row;
     try {
-      row = make_row(point, header, "ok", "");
       said = replay_into(row, point, start);
       ++counts_.ok;
     } catch (const std::exception& error) {
-      row = make_row(point, header, "error", error.what());
+      std::string message = error.what();
+      std::ranges::replace(message, '\n', ' ');
+      set_failed(row, message, exit_code(error));
       row["seconds"] = seconds_since(start);
-      said = fmt::format("error: {}", error.what());
-      if (counts_.failed++ == 0) code_ = exit_code(error);
+      said = fmt::format("error: {}", message);
+      failures_[&point] = {message, exit_code(error)};
+      ++counts_.failed;
     }
     results_.append(row);
     return said;
@@ -135,16 +149,25 @@ class Runner {
     Session& session = *plan_.sessions.at(point.keys.trace);
     const ReplayResult result = replay(session, *point.entry, *point.policy, point.settings);
     const Metrics metrics = metrics_of(result);
-    if (point.keys.series) {
-      fs::create_directories(dir_ / "series");
-      write_series(dir_ / "series" / (point.run + ".h5"), point.run, session.header(), result);
-    }
     add_result(row, point, session.header(), result, metrics, floor_of(session, point),
                {seconds_since(start), threads_});
+    if (point.keys.series) save_series(point, session.header(), result);
     const bool idle = point.policy->traits().compresses && !row["acted"].get<bool>();
     return fmt::format("nmse={} {}{}{}", metrics.nmse ? fmt::format("{:.4g}", *metrics.nmse) : "undefined",
                        human_bytes(row["bytes.cache_mean"].get<double>()), idle ? " (the policy never acted)" : "",
                        metrics.early_heavy ? " (early layers far worse: nmse is too kind)" : "");
+  }
+
+  void save_series(const Point& point, const TraceHeader& header, const ReplayResult& result) const {
+    const fs::path file = dir_ / "series" / (point.run + ".h5");
+    try {
+      fs::create_directories(file.parent_path());
+      write_series(file, point.run, header, result);
+    } catch (const std::exception& error) {
+      std::error_code ignored;
+      fs::remove(file.string() + ".part", ignored);
+      throw ConfigError(fmt::format("--out: the series cannot be written: {}", error.what()));
+    }
   }
 
   const NoiseFloor& floor_of(Session& session, const Point& point) {
@@ -157,6 +180,7 @@ class Runner {
     return at->second;
   }
 
+  /// What was done on stdout; the first of the failures on stderr.
   void print_end() const {
     std::string text = fmt::format("{} ran", counts_.ok + counts_.failed);
     const auto add = [&](std::size_t n, const char* what) {
@@ -167,8 +191,13 @@ class Runner {
     add(counts_.failed_before, "failed before (--retry-failed runs them again)");
     add(counts_.skipped, "skipped as invalid");
     add(counts_.left, "left after the interrupt (the same command goes on)");
-    fmt::print("{}; results in {}\n", text, dir_.string());
-    std::fflush(stdout);
+    say(stdout,
+        fmt::format("{}; open-loop replay: recorded inputs drive every layer; results in {}\n", text, dir_.string()));
+    if (failures_.empty()) return;
+    const auto& [point, failure] = *failures_.begin();
+    const std::size_t n = failures_.size();
+    say(stderr, fmt::format("kvreplay: {}{}: {}\n", n > 1 ? fmt::format("{} points failed, the first is ", n) : "",
+                            label(plan_, *point), failure.message));
   }
 
   static double seconds_since(Clock::time_point start) {
@@ -180,11 +209,11 @@ class Runner {
   fs::path dir_;
   int threads_;
   Results results_;
-  InterruptGuard guard_;
+  SignalGuard guard_;
   std::vector<const Point*> pending_, skips_;
   std::map<std::string, NoiseFloor> floors_;  // of the present trace, by replay.measure
   Counts counts_;
-  int code_ = 0;
+  std::map<const Point*, Failure> failures_;  // in the plan's order
 };
 
 }  // namespace

@@ -1,7 +1,12 @@
 // A policy's hooks as device code: one thread block per KV head runs every hook once over a cache in device memory. It
 // shows that a policy file compiles for the GPU unchanged, and gives parity tests the hooks' results on equal inputs.
 #pragma once
+#include <algorithm>
+#include <numeric>
+
 #include "core/random.hpp"
+#include "kernels/buffer.cuh"
+#include "kernels/device_hooks.hpp"
 #include "policies/views.hpp"
 
 namespace kv {
@@ -34,31 +39,26 @@ struct BlockTeam {
 
 #define KV_REGISTER(Type)                            \
   static_assert(::kv::detail::check_policy<Type>()); \
-  [[maybe_unused]] const auto kernel_of_##Type = &::kv::hook_kernel<Type>
+  [[maybe_unused]] const bool device_##Type = ::kv::register_device_hooks(Type::doc.name, ::kv::run_hooks<Type>)
 
 #include "policies/policy.hpp"
 
 namespace kv {
 
-/// What one head hands to hook_kernel; all pointers are device memory, slots as in HeadView.
+/// Appends all slots, observes, scores, and plans the merges of slots that are not kept: one thread block of 256 for one
+/// head. `seen` is the block's attention, and the observation window's for policies that ask for one.
 template <class P>
-struct HookCall {
-  HeadView<typename P::Slot, typename P::HeadState> head;
-  Observation seen;  // the block's attention
-  Fold* folds;       // [slots] plans, for every slot that is not kept
-};
-
-/// Appends all slots, observes, scores, plans the merges of slots that are not kept and takes them out, for one head
-/// per thread block of 256.
-template <class P>
-__global__ void hook_kernel(const P policy, HookCall<P>* calls) {
-  HookCall<P>& call = calls[blockIdx.x];
-  auto& head = call.head;
+__global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename P::HeadState> head, Observation seen,
+                            Fold* folds) {
   const BlockTeam team;
-  const auto view = [&](int s) {
+  const Traits traits = policy.traits();
+  const auto view = [&](int s, float probe) {
     return SlotView<typename P::Slot>{head.state(s), head.info(),          head.token(s),
-                                      head.now(),    head.multiplicity(s), head.probe_ ? head.probe(s) : 0.f};
+                                      head.now(),    head.multiplicity(s), probe};
   };
+  team.for_each(head.size(), [&](int s) { head.state(s) = typename P::Slot{}; });
+  if (threadIdx.x == 0) head.shared() = typename P::HeadState{};
+  team.sync();
   if constexpr (detail::declares_on_append<P>) {
     if (threadIdx.x == 0)
       for (int s = 0; s < head.size(); ++s) policy.on_append(RowTeam{}, head, s);
@@ -66,30 +66,61 @@ __global__ void hook_kernel(const P policy, HookCall<P>* calls) {
   }
   if constexpr (detail::declares_on_attention<P>)
     team.for_each(head.size(), [&](int s) {
-      policy.on_attention(view(s), Observed{call.seen.sums + s * call.seen.group, call.seen.rows, call.seen.group});
+      policy.on_attention(view(s, 0), Observed{seen.sums + s * seen.group, seen.rows, seen.group});
+    });
+  if (traits.key_probe)
+    team.for_each(head.size(), [&](int s) {
+      head.probe_[s] = RowTeam{}.dot(head.key(s), {head.vector(), head.info().key_dim});
     });
   team.sync();
+  if (traits.observation_window > 0) head.seen_ = seen;
   if constexpr (detail::declares_on_compress<P>) policy.on_compress(team, head);
   if constexpr (detail::declares_score<P>)
-    team.for_each(head.size(), [&](int s) { head.score(s) = policy.score(view(s)); });
+    team.for_each(head.size(),
+                  [&](int s) { head.score(s) = policy.score(view(s, traits.key_probe ? head.probe(s) : 0)); });
   if constexpr (detail::declares_score_in<P>)
     team.for_each(head.size(), [&](int s) { head.score(s) = policy.score_in(head, s); });
   team.sync();
   if constexpr (detail::declares_on_merge<P>) {
     team.for_each(head.size(), [&](int s) {
-      if (!head.kept(s)) call.folds[s] = policy.on_merge(head, s);
+      if (!head.kept(s)) folds[s] = policy.on_merge(head, s);
     });
     team.sync();
     if constexpr (detail::declares_on_fold<P>)
       if (threadIdx.x == 0)
         for (int s = 0; s < head.size(); ++s)
-          if (!head.kept(s) && call.folds[s].target >= 0)
-            policy.on_fold(head.state(call.folds[s].target), head.state(s));
+          if (!head.kept(s) && folds[s].target >= 0)
+            policy.on_fold(head.state(folds[s].target), head.state(s), folds[s]);
   }
   if constexpr (detail::declares_on_evict<P>)
     if (threadIdx.x == 0)
       for (int s = 0; s < head.size(); ++s)
         if (!head.kept(s)) policy.on_evict(RowTeam{}, head, s);
+}
+
+/// run_hooks_on_device for one policy type.
+template <class P>
+HookOutputs run_hooks(const HookInputs& in) {
+  const auto slots = static_cast<std::size_t>(in.slots());
+  const Buffer<HeadInfo> info(std::vector{in.head});
+  const Buffer<float> keys(in.keys), values(in.values), sums(in.sums);
+  const Buffer<int> token(in.token), multiplicity(in.multiplicity), order(in.order), rank(in.rank);
+  const Buffer<std::uint8_t> kept(in.kept);
+  const Buffer<typename P::Slot> states(slots);
+  const Buffer<typename P::HeadState> shared(1);
+  const Buffer<float> vector(std::vector<float>(static_cast<std::size_t>(in.head.key_dim))), probe(slots), score(slots);
+  const Buffer<Fold> folds{std::vector<Fold>(slots)};
+  HeadView<typename P::Slot, typename P::HeadState> head;
+  head.info_ = info.data(), head.moment_ = in.moment, head.size_ = in.slots();
+  head.keys_ = keys.data(), head.values_ = values.data();
+  head.token_ = token.data(), head.multiplicity_ = multiplicity.data(), head.order_ = order.data(),
+  head.rank_ = rank.data();
+  head.state_ = states.data(), head.head_state_ = shared.data();
+  head.vector_ = vector.data(), head.probe_ = probe.data(), head.score_ = score.data(), head.kept_ = kept.data();
+  hook_kernel<P><<<1, 256>>>(P{}, head, {sums.data(), in.rows, in.head.group}, folds.data());
+  KV_CUDA_TRY(cudaGetLastError());
+  KV_CUDA_TRY(cudaDeviceSynchronize());
+  return {score.to_host(), folds.to_host()};
 }
 
 }  // namespace kv

@@ -25,10 +25,10 @@ class HeadProgramOf final : public HeadProgram {
   void weigh(const float* probability, const float* logit, int n, int rows_after, double* sums) const override {
     (void)logit, (void)rows_after;  // unused without the policy's own weigh
     for (int s = 0; s < n; ++s) {
-      if constexpr (detail::declares_weigh<P>)
-        sums[s] += static_cast<double>(P::weigh(probability[s], logit[s], rows_after));
-      else
+      if constexpr (!detail::declares_weigh<P>)
         sums[s] += static_cast<double>(probability[s]);
+      else if (logit[s] > -INFINITY)  // the query sees this slot
+        sums[s] += static_cast<double>(P::weigh(probability[s], logit[s], rows_after));
     }
   }
 
@@ -36,26 +36,26 @@ class HeadProgramOf final : public HeadProgram {
     if constexpr (detail::declares_on_attention<P>) {
       Head head = view(cache, moment);
       head.seen_ = seen;
-      for (int s = 0; s < cache.size(); ++s) policy_.on_attention(slot(head, s), head.seen(s));
+      for (int s = 0; s < cache.size(); ++s) policy_.on_attention(slot(head, s, 0), head.seen(s));
     }
   }
 
   void score(const Cache& cache, const Moment& moment, const Observation& seen, std::span<float> score) override {
-    if (traits_.key_probe) {
-      probe_.resize(static_cast<std::size_t>(cache.size()));
-      const Row vector{vector_.data(), info_.key_dim};
-      const Head head = view(cache, moment);
-      for (int s = 0; s < cache.size(); ++s) probe_[static_cast<std::size_t>(s)] = RowTeam{}.dot(head.key(s), vector);
-    }
     Head head = view(cache, moment);
     head.seen_ = seen;
     head.score_ = score.data();
+    if (traits_.key_probe) {
+      probe_.resize(static_cast<std::size_t>(cache.size()));
+      for (int s = 0; s < cache.size(); ++s)
+        probe_[static_cast<std::size_t>(s)] = RowTeam{}.dot(head.key(s), {vector_.data(), info_.key_dim});
+      head.probe_ = probe_.data();
+    }
     if constexpr (detail::declares_on_compress<P>) {
       policy_.on_compress(HostTeam{}, head);
     } else {
       for (int s = 0; s < cache.size(); ++s) {
         if constexpr (detail::declares_score<P>)
-          head.score(s) = policy_.score(slot(head, s));
+          head.score(s) = policy_.score(slot(head, s, traits_.key_probe ? head.probe(s) : 0));
         else
           head.score(s) = policy_.score_in(head, s);
       }
@@ -71,9 +71,11 @@ class HeadProgramOf final : public HeadProgram {
     return {};
   }
 
-  void fold(int into, int from) override {
+  void fold(const Fold& plan, int from) override {
     if constexpr (detail::declares_on_fold<P>)
-      policy_.on_fold(states_[static_cast<std::size_t>(into)], states_[static_cast<std::size_t>(from)]);
+      policy_.on_fold(states_[static_cast<std::size_t>(plan.target)], states_[static_cast<std::size_t>(from)], plan);
+    else
+      (void)plan, (void)from;
   }
 
   void evict(const Cache& cache, const Moment& moment, int slot) override {
@@ -93,27 +95,13 @@ class HeadProgramOf final : public HeadProgram {
   using Head = HeadView<Slot, typename P::HeadState>;
 
   Head view(const Cache& cache, const Moment& moment) {
-    return {&info_,
-            moment,
-            cache.size(),
-            cache.keys(),
-            cache.values(),
-            cache.tokens().data(),
-            cache.multiplicities().data(),
-            cache.order().data(),
-            cache.rank().data(),
-            states_.data(),
-            &head_state_,
-            vector_.data(),
-            probe_.data(),
-            nullptr,
-            {},
-            nullptr};
+    Head head = view_of<Slot, typename P::HeadState>(info_, moment, cache);
+    head.state_ = states_.data(), head.head_state_ = &head_state_;
+    if (traits_.key_probe) head.vector_ = vector_.data();
+    return head;
   }
-  SlotView<Slot> slot(const Head& head, int s) const {
-    return {head.state(s),        info_,
-            head.token(s),        head.now(),
-            head.multiplicity(s), traits_.key_probe && !probe_.empty() ? head.probe(s) : 0.f};
+  SlotView<Slot> slot(const Head& head, int s, float probe) const {
+    return {head.state(s), info_, head.token(s), head.now(), head.multiplicity(s), probe};
   }
 
   P policy_;

@@ -1,33 +1,35 @@
-// All that a policy file includes. A policy is a struct with a doc, parameters, per-slot state and hooks; KV_REGISTER
-// makes it a name in YAML, on the command line, in the property tests and in figures. Nothing else is edited.
+// All that a policy file includes. A policy is a struct with a doc, parameters, state and hooks; KV_REGISTER makes it a
+// name in YAML, on the command line, in the property tests and in figures. Nothing else is edited.
 //
-//   PolicyDoc doc                                   what it is (static constexpr)
-//   Published published                             settings of the paper that differ from the defaults (static
-//   constexpr) void describe(auto& field)                      parameters: field("recent", recent, kv::Range{0, 1},
-//   "help") Traits traits() const                           what it asks of the engine, when it differs from the
-//   defaults struct Slot, struct HeadState                   its own state per slot and per KV head; plain data, starts
-//   at its defaults
+//   static constexpr PolicyDoc doc{...}        what it is
+//   static constexpr Published published{...}  settings of the paper that differ from the defaults
+//   void describe(auto& field)                 parameters: field("recent", recent, kv::Range{0, 1}, "help")
+//   Traits traits() const                      what it asks of the engine, when that differs from the defaults
+//   struct Slot, struct HeadState              its own state per slot and per KV head: plain data with defaults
 //
 // Hooks are found by name, whatever their signature; one that the engine cannot call does not compile.
-//   slot hooks, one slot each   void  on_attention(auto slot, auto seen) const     after each block: the block's
-//   attention
-//                               float score(auto slot) const                       higher = keep
-//   head hooks, any slot        float score_in(auto& head, int slot) const         a score that needs neighbours or
-//   head.seen
-//                               void  on_compress(auto team, auto& head) const     writes head.score(slot) for every
-//                               slot
-//   row hooks, whole rows       void  on_append(auto row, auto& head, int slot) const
-//                               void  on_evict(auto row, auto& head, int slot) const   just before the slot goes
-//   merging                     Fold  on_merge(auto& head, int victim) const       a pure plan; Fold{} drops the victim
-//                               void  on_fold(Slot& into, const Slot& from) const  state joins after the rows were
-//                               folded
-//   weights                     static float weigh(float probability, float logit, int rows_after)   what `seen` sums
+//   slot hooks: one slot, its own data only
+//     void  on_attention(auto slot, auto seen) const                    the attention of a block's queries
+//     float score(auto slot) const                                      higher = keep
+//   head hooks: any slot, neighbours, head.seen(slot)
+//     float score_in(auto& head, int slot) const                        higher = keep
+//     void  on_compress(auto team, auto& head) const                    writes head.score(slot) for every slot
+//   row hooks: whole keys and values
+//     void  on_append(auto row, auto& head, int slot) const             a token became a slot
+//     void  on_evict(auto row, auto& head, int slot) const              a slot is about to go
+//   merging
+//     Fold  on_merge(auto& head, int victim) const                      a pure plan; Fold{} drops the victim
+//     void  on_fold(Slot& into, const Slot& from, const Fold& plan) const   state joins after the rows were folded
+//   what `seen` sums, by default the probability
+//     static float weigh(float probability, float logit, int rows_after)
+//
 // Exactly one of score, score_in and on_compress. Every hook starts with KV_HD, the mark that lets it run in kernels.
 // A hook writes to Slot and HeadState only; chance comes from kv::uniform(seed, layer, head, token) only.
 #pragma once
 #include <cmath>
 #include <concepts>
 #include <type_traits>
+#include <utility>
 
 #include "core/policy.hpp"
 #include "core/random.hpp"
@@ -67,6 +69,7 @@ KV_DECLARES(on_evict)
 KV_DECLARES(on_merge)
 KV_DECLARES(on_fold)
 KV_DECLARES(weigh)
+KV_DECLARES(describe)
 #undef KV_DECLARES
 
 /// One line for each thing that can be wrong with a policy. Returns true so that registration can depend on it.
@@ -88,10 +91,20 @@ constexpr bool check_policy() {
                 "Slot has members that no hook can have written: is a hook's name misspelt?");
   static_assert(!declares_on_attention<P> || !std::is_empty_v<Slot>, "on_attention needs a Slot to write to");
   static_assert(!declares_on_fold<P> || declares_on_merge<P>, "on_fold without on_merge is never called");
+  static_assert(std::same_as<std::remove_cv_t<decltype(P::published)>, Published>,
+                "published must be: static constexpr kv::Published published{...}");
+  static_assert(
+      requires(const P& p) {
+        { p.traits() } -> std::same_as<Traits>;
+      },
+      "traits must be: kv::Traits traits() const");
+  if constexpr (declares_describe<P>)
+    static_assert(
+        requires(P & p, FieldLister & field) { p.describe(field); }, "describe must be: void describe(auto& field)");
   if constexpr (declares_score<P>)
     static_assert(
-        requires(const P& p, Ref slot) {
-          { p.score(slot) } -> std::same_as<float>;
+        requires(const P& p) {
+          { p.score(std::declval<Ref>()) } -> std::same_as<float>;
         },
         "score must be: float score(auto slot) const");
   if constexpr (declares_score_in<P>)
@@ -102,14 +115,14 @@ constexpr bool check_policy() {
         "score_in must be: float score_in(auto& head, int slot) const");
   if constexpr (declares_on_compress<P>)
     static_assert(
-        requires(const P& p, HostTeam team, Head& head) {
-          { p.on_compress(team, head) } -> std::same_as<void>;
+        requires(const P& p, Head& head) {
+          { p.on_compress(HostTeam{}, head) } -> std::same_as<void>;
         },
         "on_compress must be: void on_compress(auto team, auto& head) const");
   if constexpr (declares_on_attention<P>)
     static_assert(
-        requires(const P& p, Ref slot, Observed seen) {
-          { p.on_attention(slot, seen) } -> std::same_as<void>;
+        requires(const P& p) {
+          { p.on_attention(std::declval<Ref>(), std::declval<Observed>()) } -> std::same_as<void>;
         },
         "on_attention must be: void on_attention(auto slot, auto seen) const");
   if constexpr (declares_on_append<P>)
@@ -132,10 +145,10 @@ constexpr bool check_policy() {
         "on_merge must be: kv::Fold on_merge(auto& head, int victim) const");
   if constexpr (declares_on_fold<P>)
     static_assert(
-        requires(const P& p, Slot& into, const Slot& from) {
-          { p.on_fold(into, from) } -> std::same_as<void>;
+        requires(const P& p, Slot& into, const Slot& from, const Fold& plan) {
+          { p.on_fold(into, from, plan) } -> std::same_as<void>;
         },
-        "on_fold must be: void on_fold(Slot& into, const Slot& from) const");
+        "on_fold must be: void on_fold(Slot& into, const Slot& from, const Fold& plan) const");
   if constexpr (declares_weigh<P>)
     static_assert(
         requires {

@@ -101,19 +101,26 @@ struct HostTeam {
   KV_HD void sync() const {}
 };
 
+// A hook that reads what its policy did not ask for is told so (on the CPU; kernels are compiled for the same policy).
+#if defined(__CUDA_ARCH__)
+#define KV_NEEDS(pointer, what) ((void)0)
+#else
+#define KV_NEEDS(pointer, what) ((pointer) != nullptr ? (void)0 : ::kv::hook_lacks(what))
+#endif
+
 /// One KV head: its slots 0 .. size()-1 in no particular order, linked in token order.
 template <class State, class HeadState>
 struct HeadView {
-  const HeadInfo* info_;
+  const HeadInfo* info_ = nullptr;
   Moment moment_;
-  int size_;
-  const float *keys_, *values_;
-  const int *token_, *multiplicity_, *order_, *rank_;
-  State* state_;
-  HeadState* head_state_;
-  float *vector_, *probe_, *score_;
+  int size_ = 0;
+  const float *keys_ = nullptr, *values_ = nullptr;
+  const int *token_ = nullptr, *multiplicity_ = nullptr, *order_ = nullptr, *rank_ = nullptr;
+  State* state_ = nullptr;
+  HeadState* head_state_ = nullptr;
+  float *vector_ = nullptr, *probe_ = nullptr, *score_ = nullptr;
   Observation seen_;
-  const std::uint8_t* kept_;
+  const std::uint8_t* kept_ = nullptr;
 
   KV_HD const HeadInfo& info() const { return *info_; }
   KV_HD int size() const { return size_; }
@@ -132,17 +139,35 @@ struct HeadView {
   KV_HD int next(int s) const { return neighbour(s, 1); }
   KV_HD State& state(int s) const { return state_[s]; }
   KV_HD HeadState& shared() const { return *head_state_; }
-  KV_HD Row key(int s) const {
-    return {keys_ + static_cast<long>(s) * info_->key_dim, info_->key_dim};
-  }  // rotated under positions `absolute`
+  /// Rotated at its own position under positions `absolute`, unrotated otherwise.
+  KV_HD Row key(int s) const { return {keys_ + static_cast<long>(s) * info_->key_dim, info_->key_dim}; }
   KV_HD Row value(int s) const { return {values_ + static_cast<long>(s) * info_->value_dim, info_->value_dim}; }
-  KV_HD float* vector() const { return vector_; }       // the policy's own float[key_dim], with the trait key_probe
-  KV_HD float probe(int s) const { return probe_[s]; }  // key(s) . vector() at this compression
+  /// The policy's own float[key_dim], with the trait key_probe.
+  KV_HD float* vector() const { return KV_NEEDS(vector_, "head.vector() needs the trait key_probe"), vector_; }
+  /// key(s) . vector() at this compression, with the trait key_probe.
+  KV_HD float probe(int s) const {
+    return KV_NEEDS(probe_, "head.probe() needs the trait key_probe, and is known while scoring only"), probe_[s];
+  }
+  /// The attention of the last queries, with the trait observation_window; while scoring only.
   KV_HD Observed seen(int s) const {
+    KV_NEEDS(seen_.sums, "head.seen() needs the trait observation_window, and is known while scoring only");
     return {seen_.sums + static_cast<long>(s) * seen_.group, seen_.rows, seen_.group};
   }
-  KV_HD float& score(int s) const { return score_[s]; }   // on_compress writes it
-  KV_HD bool kept(int s) const { return kept_[s] != 0; }  // after selection
+  /// What on_compress writes.
+  KV_HD float& score(int s) const { return KV_NEEDS(score_, "head.score() belongs to on_compress"), score_[s]; }
+  /// Who stays, in on_merge.
+  KV_HD bool kept(int s) const { return KV_NEEDS(kept_, "head.kept() is known in on_merge only"), kept_[s] != 0; }
 };
+
+/// The view of a cache, without a policy's own state.
+template <class State, class HeadState>
+HeadView<State, HeadState> view_of(const HeadInfo& info, const Moment& moment, const Cache& cache) {
+  HeadView<State, HeadState> head;
+  head.info_ = &info, head.moment_ = moment, head.size_ = cache.size();
+  head.keys_ = cache.keys(), head.values_ = cache.values();
+  head.token_ = cache.tokens().data(), head.multiplicity_ = cache.multiplicities().data();
+  head.order_ = cache.order().data(), head.rank_ = cache.rank().data();
+  return head;
+}
 
 }  // namespace kv

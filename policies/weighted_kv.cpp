@@ -22,7 +22,7 @@ struct WeightedKV : kv::Policy {
     float mass = 0;  // attention received so far, mean over the group; not inherited by a merge
   };
 
-  KV_HD kv::Traits traits() const { return {.one_at_a_time = true}; }
+  KV_HD kv::Traits traits() const { return {.merges = merge, .one_at_a_time = true}; }
   KV_HD void on_attention(auto slot, auto seen) const { slot.state.mass += seen.mean(); }
   KV_HD float score(auto slot) const {
     if (slot.token < sinks) return kv::sink;
@@ -31,7 +31,7 @@ struct WeightedKV : kv::Policy {
   }
   KV_HD kv::Fold on_merge(auto& head, int victim) const {
     const int to = head.next(victim);
-    if (!merge || to < 0) return {};
+    if (to < 0) return {};
     const float a = average(head, victim), b = average(head, to);
     return a + b > 0 ? kv::Fold{.target = to, .value = a, .own_value = b}
                      : kv::Fold{.target = to, .value = 1, .own_value = 1};

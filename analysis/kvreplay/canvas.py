@@ -163,5 +163,5 @@ def look_of(rows: pd.DataFrame) -> Style:
 
 
 def full_bytes(rows: pd.DataFrame) -> float:
-    """Bytes of the full cache of the rows' trace; NaN = unknown."""
+    """Bytes of the full cache over the measured steps of the rows' trace; NaN = unknown."""
     return float(rows[FULL].astype(float).median())

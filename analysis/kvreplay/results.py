@@ -1,7 +1,7 @@
 """Reads what `kvreplay run` wrote: runs.jsonl as a pandas frame, manifest.json, and the names figures and tables share.
 
 rows = load("out/quickstart")                 # one row a run, flat dotted columns such as "rel_l2.p99"
-python -m kvreplay.results OUT [--csv]
+python -m kvreplay.results OUT [--csv [FILE]]
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 import pandas as pd
 
 TRACE, MODE, POLICY, BUDGET = "trace", "replay.compress", "policy", "budget"
-NMSE, HELD, FULL, LEAKS, SEED = "nmse", "bytes.cache_mean", "bytes.full", "leaks", "seed"
+NMSE, LEAKS, SEED = "nmse", "leaks", "seed"
+HELD, FULL = "bytes.cache_mean", "bytes.full_mean"  # of this cache and of the full one, over the same measured steps
 
 # What identifies a point besides trace, compress mode, policy, budget and seed: rows that differ here are never joined.
 _IDENTITY = ("policy.", "replay.", "protect.", "allocation")
+_STDOUT = Path("-")
 _SHORT = {"backend": "backend", "replay.block": "block", "replay.positions": "positions", "replay.measure": "measure"}
 
 
@@ -194,7 +196,7 @@ def table(rows: pd.DataFrame, manifest: Manifest) -> str:
     blocks = []
     for trace, mode, panel in panels(add_variants(rows)):
         panel = panel.assign(_order=panel[BUDGET].map(budget_key))
-        lines = [("policy", "budget", "nmse", "rel_l2 p99", "held", "of full", "time", "")]
+        lines = [("policy", "budget", "nmse", "rel_l2 p99", "held", "of full cache", "time", "")]
         lines += [_cells(row, manifest) for _, row in panel.sort_values([POLICY, "variant", "_order"]).iterrows()]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         aligned = [
@@ -219,7 +221,7 @@ def _cells(row: pd.Series, manifest: Manifest) -> tuple[str, ...]:
     ]
     return (
         label(row, manifest),
-        _text(row[BUDGET]),
+        _text(row[BUDGET]) if row[POLICY] != "full" else "-",
         _digits(_number(row, NMSE)),
         _digits(_number(row, "rel_l2.p99")),
         format_bytes(held),
@@ -278,12 +280,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m kvreplay.results", description="print the runs of an output folder"
     )
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--csv", action="store_true", help="every column of every finished run as CSV (lists as JSON)")
+    help_text = "every column of every finished run as CSV (lists as JSON), to FILE or printed"
+    parser.add_argument("--csv", metavar="FILE", type=Path, nargs="?", const=_STDOUT, help=help_text)
     options = parser.parse_args(arguments)
     try:
         rows = load(options.out)
         text = to_csv(rows) if options.csv else table(rows, load_manifest(options.out)) + "\n"
-    except ResultsError as error:
+        if options.csv not in (None, _STDOUT):
+            options.csv.write_text(text, encoding="utf-8")
+            text = f"{options.csv}\n"
+    except (ResultsError, OSError) as error:
         print(f"kvreplay.results: {error}", file=sys.stderr)
         return 2
     print(text, end="")

@@ -30,23 +30,8 @@ class Head {
     const int now = cache.tokens()[static_cast<std::size_t>(cache.order().back())];
     std::vector<WeightedKV::Slot> states;
     for (const int token : cache.tokens()) states.push_back({averages.at(token) * static_cast<float>(now - token + 1)});
-    kv::Empty none;
-    kv::HeadView<WeightedKV::Slot, kv::Empty> head{&info,
-                                                   {now, kv::Phase::decode, 0},
-                                                   cache.size(),
-                                                   cache.keys(),
-                                                   cache.values(),
-                                                   cache.tokens().data(),
-                                                   cache.multiplicities().data(),
-                                                   cache.order().data(),
-                                                   cache.rank().data(),
-                                                   states.data(),
-                                                   &none,
-                                                   nullptr,
-                                                   nullptr,
-                                                   nullptr,
-                                                   {},
-                                                   nullptr};
+    auto head = kv::view_of<WeightedKV::Slot, kv::Empty>(info, {now, kv::Phase::decode, 0}, cache);
+    head.state_ = states.data();
     int victim = -1;
     float lowest = kv::protect;
     for (int s = 0; s < cache.size(); ++s) {

@@ -78,7 +78,7 @@ INSTANTIATE_TEST_SUITE_P(
         Wrong{"FoldWithoutMerge",
               "struct Slot { float m = 0; };\n" + score +
                   "KV_HD void on_append(auto, auto& head, int s) const { head.state(s).m = 1; }\n"
-                  "KV_HD void on_fold(Slot& into, const Slot& from) const { into.m += from.m; }",
+                  "KV_HD void on_fold(Slot& into, const Slot& from, const kv::Fold&) const { into.m += from.m; }",
               "on_fold without on_merge is never called"},
         Wrong{"SlotIsNotPlain", "struct Slot { std::vector<float> m; };\n" + score,
               "Slot and HeadState must be plain data"},

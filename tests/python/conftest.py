@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from program import QUICK, Program
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "tests" / "golden"))
@@ -26,6 +27,12 @@ def kvreplay_binary(request: pytest.FixtureRequest) -> Path:
     if not path.is_file():
         pytest.fail(f"{path} does not exist: build it first (cmake --build build), or name it with --kvreplay")
     return path
+
+
+@pytest.fixture
+def program(kvreplay_binary: Path, tmp_path: Path) -> Program:
+    """The program with a small sweep and an output folder of its own."""
+    return Program(kvreplay_binary, tmp_path).write(QUICK)
 
 
 @pytest.fixture(scope="session")

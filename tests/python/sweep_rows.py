@@ -73,6 +73,7 @@ def row(policy: str, trace: str, mode: str, budget: str, **more) -> dict:
         "sums.error2": error2.tolist(),
         "sums.output2": output2.tolist(),
         "bytes.full": 1024 * SLOT_BYTES,
+        "bytes.full_mean": 896.5 * SLOT_BYTES,
         "bytes.cache_mean": mean_slots * SLOT_BYTES,
         "noise_floor.nmse": 0.0018,
         "leaks": policy == "oracle_mass",

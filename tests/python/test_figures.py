@@ -74,7 +74,7 @@ def test_pareto_numbers_are_the_rows(sweep):
     assert set(table["run"]) == set(rows) and len(table) == len(rows)
     for line in table.to_dict("records"):
         row = rows[line["run"]]
-        for name in (TRACE, MODE, POLICY, NMSE, HELD, "bytes.full", "budget_slots", "noise_floor.nmse", "leaks"):
+        for name in (TRACE, MODE, POLICY, NMSE, HELD, "bytes.full_mean", "budget_slots", "noise_floor.nmse", "leaks"):
             assert line[name] == row[name], name
 
 
@@ -248,6 +248,31 @@ def test_csv_has_every_row(sweep, tmp_path, capsys):
     for line in table.to_dict("records"):
         assert line[NMSE] == rows[line["run"]][NMSE]
         assert json.loads(line["sums.error2"]) == rows[line["run"]]["sums.error2"]
+
+
+def test_csv_into_a_file(sweep, tmp_path, capsys):
+    assert results.main([str(sweep[0]), "--csv"]) == 0
+    printed = capsys.readouterr().out
+    assert results.main([str(sweep[0]), "--csv", str(tmp_path / "runs.csv")]) == 0
+    assert (tmp_path / "runs.csv").read_text() == printed
+    assert capsys.readouterr().out == f"{tmp_path / 'runs.csv'}\n"
+    assert results.main([str(sweep[0]), "--csv", str(tmp_path / "no" / "runs.csv")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_shares_are_of_the_full_cache_over_the_same_steps(sweep):
+    """The full cache holds all tokens only at the end: 100 % is what it held on average, in table and figure."""
+    rows = results.load(sweep[0])
+    lines = results.table(rows, results.load_manifest(sweep[0])).split("\n")
+    full = [line.split() for line in lines if line.startswith("Full cache")]
+    assert len(full) == 4 and all(cells[2] == "-" and "100.0%" in cells for cells in full)
+    half = next(line for line in lines if line.startswith("H2O") and " 50% " in line)
+    assert f"{100 * (384 + 128) / 896.5:.1f}%" in half
+    assert canvas.full_bytes(rows) == 896.5 * sweep_rows.SLOT_BYTES
+    with plt.rc_context(style.venue_params("icml2024")):
+        ax, (_, _, panel) = plt.figure().subplots(), next(results.panels(results.add_variants(rows)))
+        pareto._panel(ax, panel, results.Manifest(), 0)
+        assert any(set(line.get_xdata()) == {896.5 * sweep_rows.SLOT_BYTES} for line in ax.lines)
 
 
 def test_table(sweep):

@@ -41,7 +41,8 @@ TEST(Config, RefusesWhatIsNoMap) {
   EXPECT_EQ(error_of("# only a comment\n"), "c.yaml: expected one YAML map, found nothing");
   EXPECT_EQ(error_of("- a\n- b\n"), "c.yaml:1: expected a map of keys such as 'policy: h2o'");
   EXPECT_EQ(error_of("word"), "c.yaml:1: expected a map of keys such as 'policy: h2o'");
-  EXPECT_NE(error_of("a: 1\n---\nb: 2\n"), "nothing was thrown");
+  EXPECT_EQ(error_of("a: 1\n---\nb: 2\n"), "c.yaml: expected one YAML map, found 2 documents ('---' starts another)");
+  EXPECT_EQ(parse_config("---\na: 1\n", "c.yaml", {}).root.members.size(), 1u) << "the first may be started so, too";
 }
 
 TEST(Config, NamesTheLineOfASyntaxError) {

@@ -55,8 +55,11 @@ TEST(Point, KeepsTheBudgetAsWritten) {
   EXPECT_EQ(point_of("policy: h2o\nbudget: 1.0\n").budget.kind, Budget::Kind::share);
 }
 
-TEST(Point, FullTakesNoBudget) {
+TEST(Point, FullIsTheSameAtEveryBudgetAndKeepsWhatWasWritten) {
   EXPECT_EQ(value(point_of("policy: full\n"), "budget"), "100%");
+  EXPECT_EQ(value(point_of("policy: full\nbudget: 25%\n"), "budget"), "25%");
+  EXPECT_EQ(point_of("policy: full\nbudget: 25%\n").budget.text, "100%");
+  EXPECT_TRUE(error_of("policy: full\nbudget: 2x\n").starts_with("c.yaml:3: budget: expected a share"));
   EXPECT_EQ(id("policy: full\nbudget: 25%\n"), id("policy: full\nbudget: 50%\n"));
 }
 
@@ -106,9 +109,7 @@ TEST(Point, CudaIsOneClearError) {
     points_of("trace: t\npolicy: h2o\nbudget: 1\nbackend: cuda\n");
     FAIL();
   } catch (const CudaError& error) {
-    EXPECT_STREQ(
-        error.what(),
-        "c.yaml:4: backend: this kvreplay was built without CUDA; rebuild with -DKV_CUDA=ON or use backend: cpu");
+    EXPECT_STREQ(error.what(), "c.yaml:4: backend: this kvreplay has no CUDA engine yet; use backend: cpu or auto");
   }
 }
 

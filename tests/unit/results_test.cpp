@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "config_error.hpp"
@@ -63,15 +64,60 @@ TEST(Results, NamesALineThatIsNoRow) {
   EXPECT_EQ(config_error([&] { Results results(dir / ""); }), expected);
 }
 
-TEST(Results, DropsRowsAndGoesOnAppending) {
+std::size_t lines_in(const std::filesystem::path& file) {
+  return static_cast<std::size_t>(std::ranges::count(read_file(file), '\n'));
+}
+
+TEST(Results, OfRowsOfOneRunTheLastCountsAndCompactingLeavesIt) {
+  TempDir dir;
+  {
+    Results results(dir / "");
+    for (const char* run : {"a", "b", "c"}) results.append(row_of(run, "error"));
+    results.append(row_of("b", "ok"));
+    EXPECT_EQ(results.rows().at("b").status, "ok");
+    EXPECT_EQ(lines_in(dir / "runs.jsonl"), 4u) << "the old row is there until it is compacted";
+  }
+  EXPECT_EQ(read_rows(dir / "").at("b").status, "ok");
+  Results results(dir / "");
+  results.compact();
+  results.append(row_of("d", "ok"));
+  const auto line = [](const char* run, const char* status) { return row_of(run, status).dump() + "\n"; };
+  EXPECT_EQ(read_file(dir / "runs.jsonl"), line("a", "error") + line("c", "error") + line("b", "ok") + line("d", "ok"));
+  EXPECT_EQ(results.rows().size(), 4u);
+}
+
+TEST(Results, CompactingRewritesNothingWhenNothingWasReplaced) {
   TempDir dir;
   Results results(dir / "");
-  for (const char* run : {"a", "b", "c"}) results.append(row_of(run, "ok"));
-  results.drop({"b", "unknown"});
-  results.append(row_of("d", "ok"));
-  EXPECT_EQ(results.rows().size(), 3u);
-  EXPECT_EQ(read_rows(dir / "").size(), 3u);
-  EXPECT_FALSE(read_rows(dir / "").contains("b"));
+  results.append(row_of("a", "ok"));
+  const auto file = std::filesystem::file_size(dir / "runs.jsonl");
+  std::filesystem::create_directory(dir / "runs.jsonl.part");  // a rewrite would fail
+  results.compact();
+  EXPECT_EQ(std::filesystem::file_size(dir / "runs.jsonl"), file);
+  results.append(row_of("a", "ok"));
+  EXPECT_EQ(config_error([&] { results.compact(); }),
+            "--out: cannot write " + (dir / "runs.jsonl.part").string() + ": Is a directory");
+  EXPECT_EQ(lines_in(dir / "runs.jsonl"), 2u) << "no row is lost when it cannot be done";
+}
+
+TEST(Results, AFolderInPlaceOfTheRowsIsOneClearError) {
+  TempDir dir;
+  std::filesystem::create_directory(dir / "runs.jsonl");
+  const std::string expected =
+      "--out: " + (dir / "runs.jsonl").string() + " is not a file that can be read; choose another --out";
+  EXPECT_EQ(config_error([&] { Results results(dir / ""); }), expected);
+  EXPECT_EQ(config_error([&] { read_rows(dir / ""); }), expected);
+}
+
+TEST(Results, RemembersWhyARunFailed) {
+  TempDir dir;
+  Row row = row_of("a", "ok");
+  set_failed(row, "t.h5: gone", 3);
+  Results(dir / "").append(row);
+  const RowState state = read_rows(dir / "").at("a");
+  EXPECT_EQ(state.status, "error");
+  EXPECT_EQ(state.error, "t.h5: gone");
+  EXPECT_EQ(state.error_code, 3);
 }
 
 TEST(Results, OneWriterAtATime) {
@@ -136,6 +182,7 @@ TEST(Held, CountsTheMeasuredSteps) {
   EXPECT_EQ(held.cache_peak, 8u * 110 + 2);
   EXPECT_EQ(held.cache_final, 5u * 110 + 2);
   EXPECT_EQ(held.full, 2u * 6 * 104);
+  EXPECT_DOUBLE_EQ(held.full_mean, 2 * 5 * 104) << "4, 5 and 6 tokens at the measured steps";
 }
 
 TEST(Held, WithoutDecodeThereIsNoDecodeMean) {
@@ -162,6 +209,26 @@ TEST(Row, IsFlatAndSaysNullForUndefined) {
     EXPECT_TRUE(row[key].is_null()) << key;
   EXPECT_FALSE(row.contains("rel_l2_wo.mean"));
   EXPECT_FALSE(row["acted"].get<bool>());
+}
+
+TEST(Row, KeepsWhatWasMeasuredWhenItFails) {
+  const Point point = small_point();
+  Row row = make_row(point, small_header(), "ok", "");
+  EXPECT_TRUE(row["error.code"].is_null());
+  add_result(row, point, small_header(), small_result(), metrics_of(small_result()), {}, {1.5, 2});
+  set_failed(row, "no space", 2);
+  EXPECT_EQ(row["status"], "error");
+  EXPECT_EQ(row["error"], "no space");
+  EXPECT_EQ(row["error.code"], 2);
+  EXPECT_TRUE(row["nmse"].is_number());
+}
+
+TEST(Row, BudgetSlotsAreNeverMoreThanTokens) {
+  Point point = small_point();
+  for (const auto& [slots, shown] : {std::pair{4, 4}, {6, 6}, {2147483647, 6}}) {
+    point.settings.budget = slots;
+    EXPECT_EQ(make_row(point, small_header(), "ok", "")["budget_slots"], shown);
+  }
 }
 
 TEST(Row, SumsPhasesPerStep) {

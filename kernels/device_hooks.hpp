@@ -1,0 +1,39 @@
+// A policy's hooks on the GPU, one head at a time: what parity tests compare with the CPU's.
+#pragma once
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/policy.hpp"
+
+namespace kv {
+
+/// One head's cache and what its hooks are told; host memory.
+struct HookInputs {
+  HeadInfo head;
+  Moment moment;
+  std::vector<float> keys, values;                    // [slots][key_dim], [slots][value_dim]
+  std::vector<int> token, multiplicity, order, rank;  // [slots]
+  std::vector<float> sums;                            // [slots][group] the observation
+  int rows = 1;                                       // queries it sums
+  std::vector<std::uint8_t> kept;                     // [slots]
+  int slots() const { return static_cast<int>(token.size()); }
+};
+
+/// What the hooks answered.
+struct HookOutputs {
+  std::vector<float> score;  // [slots]
+  std::vector<Fold> folds;   // [slots] of slots that are not kept
+};
+
+/// Appends all slots, observes, scores and plans merges with the default parameters of policy `name`, on the current
+/// device. Throws CudaError, ConfigError for an unknown name.
+HookOutputs run_hooks_on_device(const std::string& name, const HookInputs& inputs);
+
+/// True when a device can run what was compiled.
+bool has_device();
+
+/// Called by KV_REGISTER in device code.
+bool register_device_hooks(const char* name, std::function<HookOutputs(const HookInputs&)> run);
+
+}  // namespace kv
