@@ -75,8 +75,9 @@ cuda: | system
 # The readers of files that others write, under the address and undefined-behaviour sanitizers.
 sanitize: | system
 	cmake -S . -B build-sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKV_SANITIZE=address,undefined -DKV_NATIVE=OFF $(cmake_flags)
-	ninja -C build-sanitize fuzz_tests
-	build-sanitize/fuzz_tests --gtest_brief=1
+	ninja -C build-sanitize fuzz_tests unit_tests
+	build-sanitize/fuzz_tests --gtest_brief=1 --gtest_filter=-TraceFuzz.*
+	build-sanitize/unit_tests --gtest_brief=1
 
 clean:
 	rm -rf build build-cuda build-sanitize out

@@ -171,7 +171,8 @@ bool HeadReplay::due(const BlockRange& block) const {
 
 Candidates HeadReplay::score(const BlockRange& block) {
   Observation seen;
-  if (traits_.observation_window > 0) {
+  const bool frozen = traits_.window_once && block.phase == Phase::decode && counters_.compressions > 0;
+  if (traits_.observation_window > 0 && !frozen) {
     std::vector<int> window(static_cast<std::size_t>(std::min(traits_.observation_window, block.last)));
     std::iota(window.begin(), window.end(), block.last - static_cast<int>(window.size()));
     attend(window, 0, false, false, true, TimedPhase::observe);  // the policy's own cost

@@ -28,6 +28,7 @@ struct Traits {
   bool compresses = true;       // false: keeps everything whatever the budget (full)
   Scope scope = Scope::head;    // layer: scores are summed over the layer's KV heads and all heads keep the same tokens
   int observation_window = 0;   // > 0: at each compression head.seen() holds the attention of the last so many queries
+  bool window_once = false;     // the window is seen at prompt compressions and at the first of all only
   bool observes_prompt = true;  // false: on_attention is not called for prompt rows
   bool key_probe = false;       // head.vector() and slot.probe = key . vector
   bool merges = true;           // false: a parameter turned on_merge off, so that nothing is ever folded

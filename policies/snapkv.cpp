@@ -24,7 +24,7 @@ struct SnapKV : kv::Policy {
     float vote = kv::protect;  // until a compression finds the token before the window
   };
 
-  KV_HD kv::Traits traits() const { return {.observation_window = window}; }
+  KV_HD kv::Traits traits() const { return {.observation_window = window, .window_once = true}; }
   KV_HD void on_compress(auto team, auto& head) const {
     const bool voting = head.phase() == kv::Phase::prompt || head.compressions() == 0;
     const int start = head.now() - window + 1;

@@ -1,4 +1,6 @@
 // Damaged traces open or are refused with a TraceError: no crash, no hang, no other exception. The seeds are fixed.
+// Not for the address sanitizer: HDF5 1.10, which is not instrumented, ruins its heap on some of these files; the tests of
+// files that are broken in one known way each (tests/unit/trace_errors_test.cpp) run under it instead.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -7,15 +9,6 @@
 
 #include "core/error.hpp"
 #include "tests/unit/trace_fixture.hpp"
-
-#if defined(__SANITIZE_ADDRESS__)
-// Judge our code only: HDF5 itself, which is not instrumented, does copy overlapping ranges of damaged files, and ruins
-// its heap on some. What a sanitizer finds in our code ends the child with status 77; a ruined heap with status 1.
-extern "C" const char* __asan_default_options() {
-  return "exitcode=77:replace_intrin=0:replace_str=0:intercept_strlen=0:intercept_strchr=0:intercept_strndup=0";
-}
-extern "C" const char* __ubsan_default_options() { return "exitcode=77"; }
-#endif
 
 namespace kv {
 namespace {
@@ -72,7 +65,7 @@ Tally fuzz(const std::string& original, unsigned seed, int rounds) {
       const std::string message = error.what();
       EXPECT_EQ(message.rfind(path.string() + ": ", 0), 0u) << message;
       EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-      EXPECT_EQ(message.find("exit status 77"), std::string::npos) << "a sanitizer ended the child: " << message;
+      EXPECT_EQ(message.find("exit status"), std::string::npos) << message;
       const bool crashed = message.find("HDF5 crashed") != std::string::npos;
       ++(crashed ? tally.crashed : tally.refused);
     }

@@ -13,8 +13,8 @@ from kvreplay.capture.errors import CaptureError
 from kvreplay.capture.rotation import Recipe
 
 if TYPE_CHECKING:
+    from kvreplay.capture.finished import Finished
     from kvreplay.capture.tape import Tape
-    from kvreplay.capture.to_trace import Finished
 
 ROWS = 8  # query rows that are replayed, spread over the recorded ones
 LIMIT = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # |o' - o| / |o| over these rows and all heads

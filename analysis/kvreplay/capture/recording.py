@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kvreplay.capture.errors import CaptureError
 from kvreplay.capture.extras import Extras, Logprobs
+from kvreplay.capture.finished import Finished, TraceText
 from kvreplay.capture.gradients import chunk_bounds, run_chunks
 from kvreplay.capture.hooks import Tap
 from kvreplay.capture.layers import check_model, decoder_of, find_layers
@@ -20,7 +21,7 @@ from kvreplay.capture.rotation import Frequencies
 from kvreplay.capture.rows import Queries
 from kvreplay.capture.spool import Spool
 from kvreplay.capture.tape import Call, Tape
-from kvreplay.capture.to_trace import Finished, TraceText, write_trace
+from kvreplay.capture.to_trace import write_trace
 
 
 class Recorder:

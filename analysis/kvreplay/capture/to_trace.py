@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from kvreplay.capture.check import check_replay
 from kvreplay.capture.errors import CaptureError
+from kvreplay.capture.finished import Finished
 from kvreplay.capture.layers import output_projection, text_config
 from kvreplay.capture.rotation import Recipe, most_common
 from kvreplay.capture.spool import tensor_of, words_of
@@ -24,36 +24,6 @@ if TYPE_CHECKING:
     from kvreplay.capture.tape import Tape
 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-@dataclass(frozen=True)
-class TraceText:
-    """What a trace says about its tokens and its origin."""
-
-    tokenizer: object = None  # given: the text of every token is stored
-    tokens: bool = True  # False: neither ids nor text
-    segments: tuple[tuple[str, int], ...] = ()  # (name, length) from the first token on
-    dataset: str = ""
-    license: str = ""
-    model_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The tokens of a finished recording."""
-
-    ids: Tensor | None  # int64 [T]
-    positions: Tensor  # int64 [T]
-    prompt: int
-    generated_from: int  # tokens from here on came one at a time
-    rows: np.ndarray  # tokens with a recorded query, ascending
-    spooled: np.ndarray  # tokens whose query is in the spool: `rows` and perhaps more
-    logprob: np.ndarray | None  # float32 [T]
-
-    @property
-    def count(self) -> int:
-        """T."""
-        return len(self.positions)
 
 
 def write_trace(recorder: Recorder, done: Finished) -> dict[int, str]:
