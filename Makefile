@@ -22,7 +22,7 @@ out/demo/figures/pareto.pdf: out/demo/runs.jsonl $(wildcard analysis/kvreplay/*.
 
 test: tests $(venv)
 	cd build && ctest --output-on-failure -j2
-	$(python) -m pytest -q
+	$(python) -m pytest -q -n 2 --dist loadfile
 
 build: build/build.ninja
 	ninja -C build kvreplay
