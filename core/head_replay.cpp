@@ -181,8 +181,8 @@ Candidates HeadReplay::score(const BlockRange& block) {
   Candidates candidates;
   timed(TimedPhase::score, [&] {
     const auto size = static_cast<std::size_t>(cache_.size());
-    std::vector<float> by_slot(size,
-                               std::numeric_limits<float>::quiet_NaN());  // a hook that forgets a slot is found out
+    constexpr float unscored = std::numeric_limits<float>::quiet_NaN();  // a hook that forgets a slot is found out
+    std::vector<float> by_slot(size, unscored);
     std::vector<float> ordered(size);
     std::vector<int> tokens(size);
     program_->score(cache_, moment(block), seen, by_slot);

@@ -36,11 +36,11 @@ struct ReplayResult {
   std::vector<int> measured;                    // [M] tokens
   std::vector<double> error2, output2, cosine;  // [layer][query head][M]: |o' - o|^2, |o|^2, 1 - cos(o', o)
   std::vector<double> lost_mass;                // [layer][query head][M]
-  std::vector<double> wo_error2,
-      wo_output2;                // [layer][M] |W_o (o' - o)|^2, |W_o o|^2; NaN in layers without wo, empty without any
-  std::vector<int> step_token;   // [step] newest token of each block
-  std::vector<int> slots;        // [layer][KV head][step] slots that the block attended to
-  std::vector<int> final_slots;  // [layer][KV head] slots after the last compression
+  // [layer][M] |W_o (o' - o)|^2, |W_o o|^2: NaN in layers without wo, empty without any.
+  std::vector<double> wo_error2, wo_output2;
+  std::vector<int> step_token;                                // [step] newest token of each block
+  std::vector<int> slots;                                     // [layer][KV head][step] slots that the block attended to
+  std::vector<int> final_slots;                               // [layer][KV head] slots after the last compression
   std::vector<std::vector<std::int64_t>> final_position;      // [layer * KV heads + head][slot] token indices
   std::vector<std::vector<std::int64_t>> final_multiplicity;  // the same: tokens that the slot stands for
   std::int64_t evictions = 0, merges = 0, lost_in_folds = 0, compressions = 0;

@@ -1,5 +1,6 @@
 // A policy's hooks on the GPU, one head at a time: what parity tests compare with the CPU's.
 #pragma once
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>

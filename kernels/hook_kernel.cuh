@@ -1,9 +1,6 @@
 // A policy's hooks as device code: one thread block per KV head runs every hook once over a cache in device memory. It
 // shows that a policy file compiles for the GPU unchanged, and gives parity tests the hooks' results on equal inputs.
 #pragma once
-#include <algorithm>
-#include <numeric>
-
 #include "core/random.hpp"
 #include "kernels/buffer.cuh"
 #include "kernels/device_hooks.hpp"
