@@ -68,11 +68,11 @@ void Attention::run(const AttentionKeys& keys, const AttentionRule& rule, const 
     if (rule.softcap > 0) p = p.unaryExpr([&](float x) { return capped(x, rule.softcap); });
     mask(p, keys, rule, queries, first, plain);
     if (observe) logit_ = probability_;
+    if (keys.bias) p.rowwise() += Eigen::Map<const Eigen::RowVectorXf>(keys.bias, columns);
     softmax(p, rule, group, lse ? lse + row_offset : nullptr);
-    if (output)
-      Eigen::Map<Matrix>(output + row_offset * static_cast<std::size_t>(keys.value_dim), rows, keys.value_dim)
-          .noalias() = p * v;
-    if (observe) observe({p.data(), logit_.data(), first, count, columns, stride});
+    float* out = output ? output + row_offset * static_cast<std::size_t>(keys.value_dim) : nullptr;
+    if (out) Eigen::Map<Matrix>(out, rows, keys.value_dim).noalias() = p * v;
+    if (observe) observe({p.data(), logit_.data(), out, first, count, columns, stride});
   }
 }
 

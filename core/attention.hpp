@@ -14,6 +14,7 @@ struct AttentionKeys {
   const float* values = nullptr;  // [slots][value_dim]
   const int* token = nullptr;     // [slots] decides who is visible
   int slots = 0, key_dim = 0, value_dim = 0;
+  const float* bias = nullptr;  // [slots] added to the logits after the softcap; null = none
 };
 
 /// The model's attention arithmetic: logit = softcap(scale * q.k); a sink logit joins the denominator only.
@@ -39,10 +40,12 @@ struct AttentionQueries {
 };
 
 /// Softmax probabilities and final logits of a tile: [tile rows][group], `stride` floats apart, of slots [0, columns);
-/// later slots are not visible to these rows. `logit` is -infinity where masked.
+/// later slots are not visible to these rows. `logit` is without bias, and -infinity where masked. `output`
+/// [tile rows][group][value_dim] is null when none was asked for.
 struct AttentionTile {
   const float* probability;
   const float* logit;
+  const float* output;
   int first_row, rows, columns;
   std::size_t stride;
 };
@@ -54,6 +57,8 @@ class Attention {
   /// [rows][group][value_dim] and `lse` [rows][group] (log of the denominator) may be null. `observe` may be empty.
   void run(const AttentionKeys& keys, const AttentionRule& rule, const AttentionQueries& queries, int plain,
            int columns_of_row0, float* output, double* lse, const std::function<void(const AttentionTile&)>& observe);
+
+  std::size_t workspace_bytes() const { return sizeof(float) * (probability_.capacity() + logit_.capacity()); }
 
  private:
   // Workspace, kept between calls. Every row starts on a 64-byte boundary: Eigen's vector loops then cut all rows the

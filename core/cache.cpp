@@ -1,6 +1,7 @@
 #include "core/cache.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/error.hpp"
 
@@ -45,6 +46,12 @@ void Cache::adopt(int into, int from) {
   const auto i = static_cast<std::size_t>(into), f = static_cast<std::size_t>(from);
   multiplicity_[i] += multiplicity_[f];
   parent_[static_cast<std::size_t>(token_[f])] = token_[i];
+}
+
+void Cache::truncate(int size) {
+  std::vector<int> newest(static_cast<std::size_t>(this->size() - size));
+  std::iota(newest.begin(), newest.end(), size);
+  remove(newest, [](int, int) { KV_CHECK(!"the newest slots are the last ones"); });
 }
 
 void Cache::remove(std::span<const int> victims, const std::function<void(int, int)>& moved) {

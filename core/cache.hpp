@@ -26,7 +26,7 @@ class Cache {
   const float* keys() const { return key_.data(); }                      // [size][key_dim]
   const float* values() const { return value_.data(); }                  // [size][value_dim]
   std::span<const int> tokens() const { return token_; }                 // [size] token index of each slot
-  std::span<const int> multiplicities() const { return multiplicity_; }  // [size] tokens each slot stands for
+  std::span<const int> multiplicities() const { return multiplicity_; }  // [size] tokens each slot counts as
   std::span<const int> order() const { return order_; }                  // slots, ascending by token
   std::span<const int> rank() const { return rank_; }                    // [size] place of each slot in `order`
 
@@ -44,6 +44,12 @@ class Cache {
 
   /// `into` now also stands for everything `from` stood for; rows are the caller's. `from` must then be removed.
   void adopt(int into, int from);
+
+  /// `into` counts as `n` tokens from now on.
+  void set_multiplicity(int into, int n) { multiplicity_[static_cast<std::size_t>(into)] = n; }
+
+  /// Removes the slots from `size` on: the newest ones, before anything else was removed since they came.
+  void truncate(int size);
 
   /// Removes `victims` (ascending by slot). `moved(from, to)` is told of every row that fills a hole.
   void remove(std::span<const int> victims, const std::function<void(int from, int to)>& moved);

@@ -25,6 +25,8 @@ bool parse_bool(const std::string& text, bool& out) {
 }
 
 bool parse(const Field& field, const std::string& text, Value& out) {
+  for (const std::string& choice : field.choices)
+    if (choice == text) return out = text, true;
   if (field.type == "bool") {
     bool b = false;
     return parse_bool(text, b) && (out = b, true);
@@ -38,12 +40,7 @@ bool parse(const Field& field, const std::string& text, Value& out) {
     double x = 0;  // the comparison refuses NaN
     return parse_number(text, x) && x >= field.low && x <= field.high && (out = x, true);
   }
-  if (field.type == "choice") {
-    for (const std::string& choice : field.choices)
-      if (choice == text) return out = text, true;
-    return false;
-  }
-  return out = text, true;
+  return field.type == "text" && (out = text, true);
 }
 
 }  // namespace
@@ -69,7 +66,9 @@ std::string expectation(const Field& field) {
   if (field.type == "choice") return fmt::format("one of {}", fmt::join(field.choices, ", "));
   if (field.type == "int")
     return fmt::format("int in [{}, {}]", static_cast<std::int64_t>(field.low), static_cast<std::int64_t>(field.high));
-  if (field.type == "number") return fmt::format("number in [{}, {}]", field.low, field.high);
+  if (field.type == "number")
+    return fmt::format("number in [{}, {}]{}{}", field.low, field.high, field.choices.empty() ? "" : " or ",
+                       fmt::join(field.choices, ", "));
   return field.type == "bool" ? "true or false" : "text";
 }
 

@@ -2,6 +2,7 @@
 // rows and test corners all visit that one list.
 #pragma once
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -18,6 +19,12 @@ struct Range {
   double low, high;
 };
 
+/// Bounds of a number that may also be a word; in the object the word is NaN.
+struct RangeOr {
+  double low, high;
+  const char* word;
+};
+
 /// Names of an enumeration's members, in the order of their values.
 template <std::size_t N>
 struct Choices {
@@ -30,7 +37,7 @@ Choices(Names...) -> Choices<sizeof...(Names)>;
 struct Field {
   std::string name, help;
   std::string type;                  // "bool", "int", "number", "text" or "choice"
-  std::vector<std::string> choices;  // of a "choice"
+  std::vector<std::string> choices;  // of a "choice"; of a "number" the words it may also be
   double low = 0, high = 0;          // of an "int" or "number"
   std::function<Value()> get;
   std::function<void(const Value&)> set;  // expects the type that get() returns, within range
@@ -64,6 +71,20 @@ struct FieldLister {
                       range.high,
                       [&x] { return Value(x); },
                       [&x](const Value& v) { x = std::get<double>(v); }});
+  }
+  void operator()(const char* name, double& x, RangeOr range, const char* help) {
+    const std::string word = range.word;
+    fields.push_back({name,
+                      help,
+                      "number",
+                      {word},
+                      range.low,
+                      range.high,
+                      [&x, word] { return std::isnan(x) ? Value(word) : Value(x); },
+                      [&x](const Value& v) {
+                        const double* number = std::get_if<double>(&v);
+                        x = number ? *number : std::nan("");
+                      }});
   }
   void operator()(const char* name, std::string& x, const char* help) {
     fields.push_back({name,

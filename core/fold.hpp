@@ -1,6 +1,8 @@
-// Applying merges: convex sums of rows, always from the rows as they were before the merge.
+// Applying merges: weighted sums of rows, always from the rows as they were before the merge.
 #pragma once
+#include <functional>
 #include <map>
+#include <span>
 #include <vector>
 
 #include "core/cache.hpp"
@@ -14,20 +16,35 @@ class FoldSums {
  public:
   explicit FoldSums(Cache& cache) : cache_(cache) {}
 
-  /// Adds `victim` with `plan` (whose target is a slot that stays). Rows are read now.
+  /// Adds `victim` to plan.target, a slot that stays. Rows are read now.
   void add(const Fold& plan, int victim);
 
-  /// Writes every target's rows, rounded to nearest even in `dtype`.
-  /// Returns the targets whose key changed.
+  /// The same with weights per channel of the key, [key_dim] each, in place of plan.key and plan.own_key.
+  void add(const Fold& plan, int victim, std::span<const float> key_weights, std::span<const float> own_key_weights);
+
+  /// Calls `change(target, sum)` for every target, which may change own weights and divisors.
+  void adjust(const std::function<void(int target, FoldTarget& sum)>& change);
+
+  /// Writes every target's rows, rounded to nearest even in `dtype`. Returns the targets whose key changed. Throws
+  /// InternalError when a divisor is 0 or not finite.
   std::vector<int> write(Dtype dtype);
+
+  /// Targets whose key was written with a weight outside [0, 1].
+  int weights_outside() const { return weights_outside_; }
 
  private:
   struct Target {
-    std::vector<float> key, value;  // weighted sums of the victims' rows; empty while all weights are 0
-    float key_weight = 0, value_weight = 0, own_key = 1, own_value = 1;
+    FoldTarget sum;
+    std::vector<float> key, value;            // weighted sums of the victims' rows; empty while all weights are 0
+    std::vector<float> key_weights;           // of each victim
+    std::vector<float> channel, own_channel;  // sums of the victims' weights per channel, and the target's own
   };
+  Target& target(const Fold& plan, int victim);
+  void write_key(int slot, const Target& target, Dtype dtype);
+
   Cache& cache_;
   std::map<int, Target> targets_;
+  int weights_outside_ = 0;
 };
 
 }  // namespace kv

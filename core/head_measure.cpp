@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/comparison.hpp"
 #include "core/error.hpp"
@@ -17,6 +18,7 @@ void HeadReplay::measure(const std::vector<int>& rows, const std::vector<int>& m
       layer_.settings.measured.begin());
   const bool by_lse = layer_.settings.positions == Positions::absolute && counters_.merges == 0;
   const std::vector<int> lost = by_lse ? std::vector<int>{} : lost_tokens();
+  std::vector<double> p(lost.size());
   ReplayResult& result = *layer_.result;
   for (std::size_t i = 0; i < measured.size(); ++i) {
     const auto row = static_cast<std::size_t>(std::lower_bound(rows.begin(), rows.end(), measured[i]) - rows.begin());
@@ -35,8 +37,9 @@ void HeadReplay::measure(const std::vector<int>& rows, const std::vector<int>& m
       result.error2[at] = c.error2, result.output2[at] = c.output2, result.cosine[at] = c.cosine;
       const double full_lse = layer_.full->lse[in_full];
       // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.
+      if (!by_lse) full_probabilities(lost, measured[i], query_head, full_lse, p);
       result.lost_mass[at] = by_lse ? std::max(0.0, 1 - std::exp(attended.lse[local] - full_lse))
-                                    : full_mass(lost, measured[i], query_head, full_lse);
+                                    : std::accumulate(p.begin(), p.end(), 0.0);
       if (layer_.deltas)
         for (std::size_t c2 = 0; c2 < dv; ++c2)
           layer_.deltas[((first + i) * static_cast<std::size_t>(model_.query_heads) +
@@ -55,7 +58,8 @@ std::vector<int> HeadReplay::lost_tokens() const {
   return lost;
 }
 
-double HeadReplay::full_mass(const std::vector<int>& tokens, int query_token, int query_head, double full_lse) const {
+void HeadReplay::full_probabilities(const std::vector<int>& tokens, int query_token, int query_head, double full_lse,
+                                    std::vector<double>& p) const {
   const AttentionRule rule{static_cast<float>(model_.scale), static_cast<float>(model_.softcap),
                            layer_.layer.info.window, nullptr};
   const auto dim = static_cast<std::size_t>(model_.head_dim),
@@ -66,11 +70,42 @@ double HeadReplay::full_mass(const std::vector<int>& tokens, int query_token, in
                        dim;
   const float* keys = layer_.layer.k_rotated.data() +
                       static_cast<std::size_t>(kv_head_) * static_cast<std::size_t>(layer_.trace.tokens) * dim;
-  double mass = 0;
-  for (const int t : tokens)
-    if (visible(rule, query_token, t))
-      mass += std::exp(logit(rule, q, keys + static_cast<std::size_t>(t) * dim, model_.head_dim) - full_lse);
-  return mass;
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    p[i] = visible(rule, query_token, tokens[i])
+               ? std::exp(logit(rule, q, keys + static_cast<std::size_t>(tokens[i]) * dim, model_.head_dim) - full_lse)
+               : 0.0;
+}
+
+/// mass_tv of every measured query of a tile: half the distance between its own masses, slot by slot, and the full ones
+/// of the tokens that each slot stands for; lost tokens count in full.
+void HeadReplay::measure_mass(const AttentionTile& tile, const std::vector<int>& tokens) {
+  const auto& measured = layer_.settings.measured;
+  std::vector<int> every(static_cast<std::size_t>(now_ + 1)), owner(every.size());
+  std::iota(every.begin(), every.end(), 0);
+  for (const int t : every) {
+    const int stands = cache_.standing_for(t);
+    owner[static_cast<std::size_t>(t)] = stands < 0 ? -1 : cache_.slot_of(stands);
+  }
+  std::vector<double> p(every.size()), moved;
+  for (int r = 0; r < tile.rows * group_; ++r) {
+    const int token = tokens[static_cast<std::size_t>(tile.first_row + r / group_)];
+    const auto m = std::lower_bound(measured.begin(), measured.end(), token);
+    if (m == measured.end() || *m != token) continue;
+    const int query_head = kv_head_ * group_ + r % group_;
+    const std::size_t at =
+        static_cast<std::size_t>(query_head) * measured.size() + static_cast<std::size_t>(m - measured.begin());
+    full_probabilities(every, token, query_head, layer_.full->lse[at], p);
+    moved.assign(static_cast<std::size_t>(cache_.size()), 0.0);
+    for (std::size_t s = 0; s < static_cast<std::size_t>(tile.columns); ++s)
+      moved[s] = tile.probability[static_cast<std::size_t>(r) * tile.stride + s];
+    double lost = 0;
+    for (std::size_t t = 0; t < p.size(); ++t)
+      (owner[t] < 0 ? lost : moved[static_cast<std::size_t>(owner[t])]) += owner[t] < 0 ? p[t] : -p[t];
+    double sum = lost;
+    for (const double x : moved) sum += std::abs(x);
+    layer_.result->mass_tv[static_cast<std::size_t>(layer_.index * model_.query_heads) * measured.size() + at] =
+        sum / 2;
+  }
 }
 
 std::vector<int> HeadReplay::kept_tokens() const {

@@ -80,6 +80,8 @@ const std::vector<MetricDoc>& metric_docs() {
        "full-attention probability of the tokens that no slot stands for"},
       {"rel_l2_wo", "relative error after W_o", "", "lower",
        "|W_o (o' - o)| / |W_o o| per layer and query, all heads together; needs wo in the trace"},
+      {"mass_tv", "moved attention mass of a query", "", "lower",
+       "1/2 (sum over slots |own mass - full mass of its tokens| + lost mass); with metrics: mass"},
       {"bytes.cache_mean", "mean bytes held", "bytes", "lower",
        "mean over the measured steps of the slots attended to x bytes of a slot, all layers and heads"},
       {"bytes.cache_peak", "peak bytes held", "bytes", "lower", "maximum over the measured steps of the same"},
@@ -126,6 +128,7 @@ Metrics metrics_of(const ReplayResult& r) {
   m.cosine = summarise(r.cosine, r.layers);
   m.lost_mass = summarise(r.lost_mass, r.layers);
   if (!r.wo_error2.empty()) m.rel_l2_wo = summarise(ratios(r.wo_error2, r.wo_output2), r.layers);
+  if (!r.mass_tv.empty()) m.mass_tv = summarise(r.mass_tv, r.layers);
   return m;
 }
 

@@ -31,6 +31,7 @@ struct Metrics {
   std::vector<std::optional<double>> nmse_layer;  // [layer]
   Summary rel_l2, cosine, lost_mass;
   std::optional<Summary> rel_l2_wo;                            // with wo in the trace
+  std::optional<Summary> mass_tv;                              // when asked for
   int undefined_queries = 0;                                   // |o| = 0 but |d| > 0: left out of rel_l2
   std::vector<std::vector<double>> error2_sums, output2_sums;  // [layer][query head], summed over queries
   std::optional<double> early_ratio;  // nmse of the first third of layers over that of the rest

@@ -20,7 +20,9 @@ struct ReplaySettings {
   Positions positions = Positions::absolute;
   std::vector<int> measured;  // tokens whose queries are compared with full attention, ascending
   Protect protect;
+  Allocation allocation;
   std::uint64_t seed = 0;
+  bool mass = false;       // also mass_tv, at the cost of full attention for every measured query
   int timing_repeats = 0;  // timed passes after the checked one; 0 = no us.* figures
 };
 
@@ -36,6 +38,7 @@ struct ReplayResult {
   std::vector<int> measured;                    // [M] tokens
   std::vector<double> error2, output2, cosine;  // [layer][query head][M]: |o' - o|^2, |o|^2, 1 - cos(o', o)
   std::vector<double> lost_mass;                // [layer][query head][M]
+  std::vector<double> mass_tv;                  // the same: how far attention mass moved; empty unless asked for
   // [layer][M] |W_o (o' - o)|^2, |W_o o|^2: NaN in layers without wo, empty without any.
   std::vector<double> wo_error2, wo_output2;
   std::vector<int> step_token;                                // [step] newest token of each block
@@ -43,9 +46,15 @@ struct ReplayResult {
   std::vector<int> final_slots;                               // [layer][KV head] slots after the last compression
   std::vector<std::vector<std::int64_t>> final_position;      // [layer * KV heads + head][slot] token indices
   std::vector<std::vector<std::int64_t>> final_multiplicity;  // the same: tokens that the slot stands for
-  std::int64_t evictions = 0, merges = 0, lost_in_folds = 0, compressions = 0;
+  std::int64_t evictions = 0, merges = 0, compressions = 0;
+  std::int64_t lost_in_folds = 0, lost_by_clip = 0;  // tokens whose target went as well; counts cut off by a clip
+  std::int64_t weights_outside = 0;                  // merges that wrote a key with a weight outside [0, 1]
+  std::vector<float> fold_notes;                     // Fold::note of every merge that states one
+  bool leaks = false;                                // measured queries that the policy had seen
+  std::size_t workspace_bytes = 0;                   // working memory of the unit (head or layer) that took most
   // [phase][decode step] microseconds summed over layers and heads, median over repeats; empty when not timed.
   std::vector<std::vector<double>> us;
+  std::vector<double> prompt_us;  // [phase] of all prompt blocks together
   double timing_noise = 0;  // relative: (max - min) / median over repeats of the decode total; NaN under 2 repeats
 };
 

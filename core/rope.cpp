@@ -34,6 +34,18 @@ void RopeTable::rotate_as(std::size_t index, const float* in, float* out) const 
   std::copy(in + 2 * pairs_, in + head_dim_, out + 2 * pairs_);
 }
 
+void RopeTable::rotate_back(std::size_t index, const float* in, float* out) const {
+  const float* cos = cos_.data() + index * static_cast<std::size_t>(pairs_);
+  const float* sin = sin_.data() + index * static_cast<std::size_t>(pairs_);
+  const int second = style_ == RopeStyle::half ? pairs_ : 1, stride = style_ == RopeStyle::half ? 1 : 2;
+  for (int i = 0; i < pairs_; ++i) {
+    const float x = in[i * stride], y = in[i * stride + second];
+    out[i * stride] = x * cos[i] + y * sin[i];
+    out[i * stride + second] = y * cos[i] - x * sin[i];
+  }
+  std::copy(in + 2 * pairs_, in + head_dim_, out + 2 * pairs_);
+}
+
 void RopeTable::rotate(std::size_t index, const float* in, float* out) const {
   switch (step_dtype_) {
     case Dtype::float16:

@@ -19,6 +19,9 @@ class RopeTable {
   /// out = the rotation to positions[index] of `in`; both [head_dim]. Channels past the rotary part are copied.
   void rotate(std::size_t index, const float* in, float* out) const;
 
+  /// out = the transposed rotation of `in`, unrounded: what a gradient by a rotated vector is by the unrotated one.
+  void rotate_back(std::size_t index, const float* in, float* out) const;
+
  private:
   template <Dtype dtype>
   void rotate_as(std::size_t index, const float* in, float* out) const;

@@ -46,11 +46,45 @@ Candidates classify(std::span<const float> score, std::span<const int> token, co
   return c;
 }
 
+Candidates classify_links(std::span<const float> score, std::span<const int> token, const Protect& protect, int now) {
+  Candidates c = classify(score, token, protect, now);
+  for (std::size_t i = 0; i + 1 < c.size(); ++i)
+    if (c.safety[i] == Safety::normal && now - token[i + 1] < protect.recent) c.safety[i] = Safety::protected_;
+  return c;
+}
+
 void combine(Candidates& sum, const Candidates& other) {
   for (std::size_t i = 0; i < sum.size(); ++i) {
     sum.score[i] += other.score[i];
     sum.safety[i] = std::max(sum.safety[i], other.safety[i]);
   }
+}
+
+std::vector<std::uint8_t> select_links(const Candidates& candidates, int budget, const Traits& traits) {
+  const std::size_t slots = candidates.size();
+  const auto safety = [&](std::size_t i) {
+    const bool fits = static_cast<int>(i) < budget - 1;
+    return candidates.safety[i] == Safety::sink && !fits ? Safety::protected_ : candidates.safety[i];
+  };
+  const auto score = [&](std::size_t i) { return safety(i) == Safety::normal ? candidates.score[i] : 0.f; };
+  std::vector<std::size_t> links;
+  for (std::size_t i = 0; i + 1 < slots; ++i)
+    if (safety(i) != Safety::sink) links.push_back(i);
+  std::stable_sort(links.begin(), links.end(), [&](std::size_t a, std::size_t b) {
+    return safety(a) != safety(b) ? safety(a) < safety(b) : score(a) < score(b);
+  });
+  const bool by_limit = !traits.needs_budget();
+  auto left = by_limit ? static_cast<std::ptrdiff_t>(slots) : static_cast<std::ptrdiff_t>(slots) - budget;
+  std::vector<std::uint8_t> kept(slots, 1), used(slots, 0);
+  for (const std::size_t i : links) {
+    const bool round_is_over = traits.picks == Picks::disjoint && safety(i) != safety(links.front());
+    if (left <= 0 || round_is_over ||
+        (by_limit && !(safety(i) == Safety::normal && score(i) < traits.every_link_below)))
+      break;
+    if (traits.picks == Picks::disjoint && (used[i] || used[i + 1])) continue;
+    kept[i + 1] = 0, used[i] = used[i + 1] = 1, --left;
+  }
+  return kept;
 }
 
 std::vector<std::uint8_t> select(const Candidates& candidates, int budget) {

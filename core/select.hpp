@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "core/policy.hpp"
 #include "core/spec.hpp"
 
 namespace kv {
@@ -22,6 +23,9 @@ struct Candidates {
 /// as do the engine's own `protect` settings. `token` ascends.
 Candidates classify(std::span<const float> score, std::span<const int> token, const Protect& protect, int now);
 
+/// The same for the scores of links: safety is that of link i, the safer of its two slots.
+Candidates classify_links(std::span<const float> score, std::span<const int> token, const Protect& protect, int now);
+
 /// Adds another head's scores (layer scope): scores add up, the higher safety wins.
 void combine(Candidates& sum, const Candidates& other);
 
@@ -29,5 +33,12 @@ void combine(Candidates& sum, const Candidates& other);
 /// When more are protected than fit: the first sinks (leaving one slot for another), then the newest protected.
 /// Returns kept[i] in token order.
 std::vector<std::uint8_t> select(const Candidates& candidates, int budget);
+
+/// The same for links: candidate i is the link of slot i with its right neighbour (lower = join first; the last one is no
+/// link). Joins links until `budget` slots are left, of equals the older first; under Picks::disjoint as many of those as
+/// share no slot. Links of protected slots are joined, the oldest first, when nothing else is left to join; links from a
+/// sink never are, but for sinks beyond budget - 1. With `every_link_below` all links that score lower are joined
+/// whatever the budget, but for safe ones. The right slot of a joined link goes.
+std::vector<std::uint8_t> select_links(const Candidates& candidates, int budget, const Traits& traits);
 
 }  // namespace kv

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/attention.hpp"
+#include "core/output_norms.hpp"
 #include "core/query_rows.hpp"
 
 namespace kv {
@@ -60,7 +61,7 @@ FullAttention full_attention(const TraceHeader& header, const PreparedLayer& lay
 
 std::size_t PreparedLayer::bytes() const {
   return sizeof(float) * (tensors.q.size() + tensors.k.size() + tensors.v.size() + tensors.o.size() +
-                          tensors.wo.size() + q_rotated.size() + k_rotated.size());
+                          tensors.wo.size() + tensors.e.size() + q_rotated.size() + k_rotated.size());
 }
 
 struct Session::Impl {
@@ -71,6 +72,7 @@ struct Session::Impl {
   std::list<std::pair<int, std::shared_ptr<const PreparedLayer>>> layers;  // most recently used first
   std::map<std::pair<int, std::vector<int>>, std::shared_ptr<const FullAttention>> references;
   std::size_t reference_bytes = 0;
+  std::map<int, std::shared_ptr<const std::vector<float>>> norms;
   std::map<std::pair<RopeRecipe, bool>, std::shared_ptr<const RopeTable>> tables;
 
   /// Rotations by the recipe; to the tokens' own positions, or to slot indices.
@@ -140,6 +142,12 @@ std::shared_ptr<const FullAttention> Session::reference(int layer, const std::ve
   if (impl_->reference_bytes + bytes > impl_->memory_limit) impl_->references.clear(), impl_->reference_bytes = 0;
   impl_->reference_bytes += bytes;
   return impl_->references[{layer, measured}] = full;
+}
+
+std::shared_ptr<const std::vector<float>> Session::norms(int layer) {
+  auto& norms = impl_->norms[layer];
+  if (!norms) norms = std::make_shared<std::vector<float>>(output_norms(header(), *this->layer(layer)));
+  return norms;
 }
 
 }  // namespace kv

@@ -44,6 +44,9 @@ class Session {
   /// the memory limit.
   std::shared_ptr<const FullAttention> reference(int layer, const std::vector<int>& measured);
 
+  /// output_norms of that layer, which has `wo`; computed at the first call and kept.
+  std::shared_ptr<const std::vector<float>> norms(int layer);
+
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;

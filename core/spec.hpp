@@ -8,12 +8,16 @@
 namespace kv {
 
 enum class Phase { prompt, decode };
-enum class Compress { prompt, always };    // stop compressing when decode begins, or go on
-enum class Positions { absolute, cache };  // keys rotated at their own position, or by slot index at read time
-enum class Scope { head, layer };          // a selection per KV head, or one for all heads of a layer
+enum class Compress { prompt, always };  // stop compressing when decode begins, or go on
+/// Where kept keys are rotated to: their own position, their place in the cache, or (span) the number of tokens that the
+/// slots up to them stand for. The last two rotate unrotated keys at read time.
+enum class Positions { absolute, cache, span };
+enum class Scope { head, layer };  // a selection per KV head, or one for all heads of a layer
 
 inline const char* name_of(Compress c) { return c == Compress::prompt ? "prompt" : "always"; }
-inline const char* name_of(Positions p) { return p == Positions::absolute ? "absolute" : "cache"; }
+inline const char* name_of(Positions p) {
+  return p == Positions::absolute ? "absolute" : p == Positions::cache ? "cache" : "span";
+}
 
 /// Tokens of the prompt that are appended at once; 0 = the whole prompt in one block. A decode token is its own block.
 struct Block {
@@ -25,6 +29,18 @@ struct Block {
 struct Protect {
   int sinks = 0, recent = 0;
 };
+
+/// How a budget is spread: the same everywhere, more to early layers, or more to the heads of a layer whose scores ask for
+/// it.
+struct Allocation {
+  enum class Kind { uniform, pyramid, adaptive } kind = Kind::uniform;
+  double beta = 20;    // pyramid: the last layer gets 1/beta of the mean
+  double floor = 0.2;  // adaptive: the share of an even split that every head keeps
+};
+
+inline const char* name_of(Allocation::Kind k) {
+  return k == Allocation::Kind::uniform ? "uniform" : k == Allocation::Kind::pyramid ? "pyramid" : "adaptive";
+}
 
 /// What `replay.*: auto` resolves to: the settings of the policy's paper (policies.md, "published").
 struct Published {

@@ -146,7 +146,7 @@ std::string obstacle(const TraceHeader& h, const PolicyEntry& entry, const std::
   settings.positions = entry.published.positions;
   settings.measured = tokens;
   try {
-    settings.budget = policy->traits().compresses
+    settings.budget = policy->traits().needs_budget()
                           ? slots_of(parse_budget("50%"), h, slot_bytes(h, entry, policy->traits()))
                           : h.tokens;
     check_point(h, entry, *policy, settings);

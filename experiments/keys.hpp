@@ -11,8 +11,9 @@ namespace kv {
 
 enum class AskedBackend { automatic, cpu, cuda };
 enum class AskedCompress { automatic, prompt, always };
-enum class AskedPositions { automatic, absolute, cache };
+enum class AskedPositions { automatic, absolute, cache, span };
 enum class OnInvalid { error, skip };
+enum class AskedMetrics { standard, mass };
 
 /// The keys of one point as asked for, before `auto` is resolved.
 struct Keys {
@@ -24,6 +25,8 @@ struct Keys {
   AskedPositions positions = AskedPositions::automatic;
   std::string measure = "decode";
   Protect protect;
+  Allocation allocation;
+  AskedMetrics metrics = AskedMetrics::standard;
   bool series = false;
   int timing_repeats = 1;
   OnInvalid on_invalid = OnInvalid::error;
@@ -40,12 +43,21 @@ struct Keys {
     field("replay.block", block, "tokens of the prompt that are appended at once: a number, or all; auto: published");
     field("replay.compress", compress, Choices{"auto", "prompt", "always"},
           "stop compressing when decode begins, or go on; auto: published");
-    field("replay.positions", positions, Choices{"auto", "absolute", "cache"},
-          "kept keys stay rotated at their own position, or are rotated by slot at read time; auto: published");
+    field(
+        "replay.positions", positions, Choices{"auto", "absolute", "cache", "span"},
+        "kept keys stay rotated at their own position, or are rotated at read time by slot, or by the number of tokens "
+        "that slots stand for; auto: published");
     field("replay.measure", measure,
           "whose queries are compared with full attention: decode, prompt, all or last:N (the last N tokens)");
     field("protect.sinks", protect.sinks, counts, "first tokens that no policy may evict");
     field("protect.recent", protect.recent, counts, "newest slots that no policy may evict");
+    field("allocation.kind", allocation.kind, Choices{"uniform", "pyramid", "adaptive"},
+          "how the budget is spread: evenly, more to early layers, or by scores over the heads of a layer");
+    field("allocation.beta", allocation.beta, Range{1, 1000}, "pyramid: the last layer gets 1/beta of an even share");
+    field("allocation.floor", allocation.floor, Range{0, 1},
+          "adaptive: the part of an even share that every head keeps");
+    field("metrics", metrics, Choices{"standard", "mass"},
+          "mass: also mass_tv, how far attention mass moved; as slow as full attention");
     field("series", series, "also write series/RUN.h5 with every query's errors, every step's slots and what was kept");
     field("timing.repeats", timing_repeats, Range{0, 1000},
           "timed passes after the checked one; 0 = none: the us.* of the row are null");

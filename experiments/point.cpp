@@ -131,8 +131,14 @@ class Resolver {
     const AskedPositions positions = point.keys.positions;
     point.positions = positions == AskedPositions::automatic  ? published.positions
                       : positions == AskedPositions::absolute ? Positions::absolute
-                                                              : Positions::cache;
-    const bool compresses = point.policy->traits().compresses;
+                      : positions == AskedPositions::cache    ? Positions::cache
+                                                              : Positions::span;
+    const Traits traits = point.policy->traits();
+    if (traits.compresses && !traits.needs_budget() && !point.keys.budget.empty())
+      fail(point.place_of("budget"),
+           fmt::format("budget: policy {} decides by a threshold how much stays; drop the budget, or let it be exact",
+                       point.keys.policy));
+    const bool compresses = traits.needs_budget();
     if (compresses && point.keys.budget.empty())
       fail(point.place_of("policy"),
            fmt::format("budget: missing; policy {} needs one, such as 'budget: 25%'", point.keys.policy));
@@ -166,6 +172,10 @@ std::vector<std::pair<std::string, Value>> Point::values() const {
   all.emplace_back("replay.measure", keys.measure);
   all.emplace_back("protect.sinks", std::int64_t{keys.protect.sinks});
   all.emplace_back("protect.recent", std::int64_t{keys.protect.recent});
+  all.emplace_back("allocation.kind", name_of(keys.allocation.kind));
+  all.emplace_back("allocation.beta", keys.allocation.beta);
+  all.emplace_back("allocation.floor", keys.allocation.floor);
+  all.emplace_back("metrics", keys.metrics == AskedMetrics::mass ? "mass" : "standard");
   all.emplace_back("budget", keys.budget.empty() ? budget.text : keys.budget);
   all.emplace_back("seed", std::int64_t{keys.seed});
   all.emplace_back("backend", backend);
@@ -189,6 +199,8 @@ void attach(Point& point, const TraceHeader& header, const std::string& trace_id
   settings.compress = point.compress;
   settings.positions = point.positions;
   settings.protect = point.keys.protect;
+  settings.allocation = point.keys.allocation;
+  settings.mass = point.keys.metrics == AskedMetrics::mass;
   settings.seed = static_cast<std::uint64_t>(point.keys.seed);
   settings.timing_repeats = point.keys.timing_repeats;
   try {
@@ -197,7 +209,7 @@ void attach(Point& point, const TraceHeader& header, const std::string& trace_id
     if (settings.measured.empty())
       throw ConfigError(
           fmt::format("replay.measure: no query of '{}' is in every layer's q_index", point.keys.measure));
-    settings.budget = point.policy->traits().compresses
+    settings.budget = point.policy->traits().needs_budget()
                           ? slots_of(point.budget, header, slot_bytes(header, *point.entry, point.policy->traits()))
                           : header.tokens;
     check_point(header, *point.entry, *point.policy, settings);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 
 namespace kv {
 namespace {
@@ -38,6 +39,7 @@ void add_errors(Row& row, const Metrics& metrics, const NoiseFloor& floor) {
   add_summary(row, "cosine", metrics.cosine);
   add_summary(row, "lost_mass", metrics.lost_mass);
   if (metrics.rel_l2_wo) add_summary(row, "rel_l2_wo", *metrics.rel_l2_wo);
+  if (metrics.mass_tv) add_summary(row, "mass_tv", *metrics.mass_tv);
   row["sums.error2"] = metrics.error2_sums;
   row["sums.output2"] = metrics.output2_sums;
   row["noise_floor.nmse"] = number(floor.nmse);
@@ -73,10 +75,31 @@ void add_times(Row& row, const ReplayResult& result) {
     add(timed_phase_names[phase], us);
   }
   add("step", steps);
+  for (std::size_t phase = 0; phase < timed_phases; ++phase)
+    row[std::string("us.prompt.") + timed_phase_names[phase]] =
+        number(result.prompt_us.empty() ? std::nullopt : std::optional(result.prompt_us[phase]));
   const auto of = [&](TimedPhase phase) { return typical[static_cast<std::size_t>(phase)]; };
   const double own = of(TimedPhase::observe) + of(TimedPhase::score) + of(TimedPhase::select) + of(TimedPhase::compact);
   row["us.policy_overhead"] = number(own / of(TimedPhase::attend));  // not finite, so null, without times
   row["us.noise"] = number(timed ? result.timing_noise : std::numeric_limits<double>::quiet_NaN());
+}
+
+/// How many final slots count as 1, 2, 3, ... tokens: two lists of one length.
+void add_multiplicities(Row& row, const ReplayResult& result) {
+  std::map<std::int64_t, std::int64_t> slots;
+  for (const auto& head : result.final_multiplicity)
+    for (const std::int64_t m : head) ++slots[m];
+  Row values = Row::array(), counts = Row::array();
+  for (const auto& [multiplicity, count] : slots) values.push_back(multiplicity), counts.push_back(count);
+  row["multiplicity.values"] = values;
+  row["multiplicity.slots"] = counts;
+}
+
+/// Quantiles of the number that a policy notes of each merge.
+void add_notes(Row& row, const std::string& name, const std::vector<float>& notes) {
+  const std::vector<double> all(notes.begin(), notes.end());
+  for (const int p : {5, 50, 95, 99}) row[fmt::format("merge.{}.p{}", name, p)] = number(percentile(all, p));
+  row[fmt::format("merge.{}.max", name)] = number(percentile(all, 100));
 }
 
 std::size_t process_peak_bytes() {
@@ -174,11 +197,16 @@ void add_result(Row& row, const Point& point, const TraceHeader& header, const R
   row["count.evictions"] = result.evictions;
   row["count.merges"] = result.merges;
   row["count.lost_in_folds"] = result.lost_in_folds;
+  row["count.lost_by_clip"] = result.lost_by_clip;
+  row["count.weights_outside"] = result.weights_outside;
   row["count.compressions"] = result.compressions;
   row["acted"] = result.evictions + result.merges > 0;
-  row["leaks"] = false;  // no policy of this catalogue sees queries before they are measured
+  row["leaks"] = result.leaks;
+  add_multiplicities(row, result);
+  if (point.entry->fold_note) add_notes(row, point.entry->fold_note, result.fold_notes);
   add_times(row, result);
   row["memory.process_peak_bytes"] = process_peak_bytes();
+  row["memory.workspace_bytes"] = result.workspace_bytes;
   row["seconds"] = cost.seconds;
   row["threads"] = cost.threads;
 }

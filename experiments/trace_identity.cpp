@@ -48,7 +48,7 @@ void add_model(Digest& digest, const ModelInfo& m) {
   digest.array("inv_freq", m.inv_freq);
 }
 
-/// One layer but q, k and v. A policy that reads `e` or `g` adds them here.
+/// One layer but q, k and v. `g` is read by no policy.
 void add_layer(Digest& digest, const h5::File& file, const LayerInfo& layer) {
   digest.value("layer", layer.index);
   digest.value("window", layer.window);
@@ -58,6 +58,7 @@ void add_layer(Digest& digest, const h5::File& file, const LayerInfo& layer) {
   digest.value("has_e", layer.has_e);
   const h5::Group group = file.group(layer.path);
   if (layer.has_sink_logit) digest.tensor(group.dataset("sink_logit"));
+  if (layer.has_e) digest.tensor(group.dataset("e"));
   if (layer.has_wo) digest.tensor(group.dataset("wo"));
   if (layer.has_o) digest.tensor(group.dataset("o"));
 }

@@ -29,6 +29,22 @@ struct BlockTeam {
     __syncthreads();
     return partial[0];
   }
+  /// As HostTeam::max.
+  template <class F>
+  __device__ float max(int n, F f) const {
+    __shared__ float partial[256];
+    float mine = -INFINITY;
+    for_each(n, [&](int i) { mine = f(i) > mine ? f(i) : mine; });
+    __syncthreads();
+    partial[threadIdx.x] = mine;
+    for (unsigned half = 128; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half && partial[threadIdx.x + half] > partial[threadIdx.x])
+        partial[threadIdx.x] = partial[threadIdx.x + half];
+    }
+    __syncthreads();
+    return partial[0];
+  }
   __device__ void sync() const { __syncthreads(); }
 };
 
@@ -45,8 +61,8 @@ namespace kv {
 /// Appends all slots, observes, scores, and plans the merges of slots that are not kept: one thread block of 256 for one
 /// head. `seen` is the block's attention, and the observation window's for policies that ask for one.
 template <class P>
-__global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename P::HeadState> head, Observation seen,
-                            Fold* folds) {
+__global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename P::HeadState, typename P::Scratch> head,
+                            Observation seen, Fold* folds) {
   const BlockTeam team;
   const Traits traits = policy.traits();
   const auto view = [&](int s, float probe) {
@@ -70,7 +86,11 @@ __global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename 
       head.probe_[s] = RowTeam{}.dot(head.key(s), {head.vector(), head.info().key_dim});
     });
   team.sync();
-  if (traits.observation_window > 0) head.seen_ = seen;
+  if (traits.observation_window > 0 || traits.probe != Probe::none) head.sight_.seen = seen;
+  if constexpr (detail::declares_on_probe<P>) {
+    policy.on_probe(team, head);
+    team.sync();
+  }
   if constexpr (detail::declares_on_compress<P>) policy.on_compress(team, head);
   if constexpr (detail::declares_score<P>)
     team.for_each(head.size(),
@@ -78,6 +98,10 @@ __global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename 
   if constexpr (detail::declares_score_in<P>)
     team.for_each(head.size(), [&](int s) { head.score(s) = policy.score_in(head, s); });
   team.sync();
+  if constexpr (detail::declares_on_selected<P>) {
+    policy.on_selected(team, head);
+    team.sync();
+  }
   if constexpr (detail::declares_on_merge<P>) {
     team.for_each(head.size(), [&](int s) {
       if (!head.kept(s)) folds[s] = policy.on_merge(head, s);
@@ -107,7 +131,7 @@ HookOutputs run_hooks(const HookInputs& in) {
   const Buffer<typename P::HeadState> shared(1);
   const Buffer<float> vector(std::vector<float>(static_cast<std::size_t>(in.head.key_dim))), probe(slots), score(slots);
   const Buffer<Fold> folds{std::vector<Fold>(slots)};
-  HeadView<typename P::Slot, typename P::HeadState> head;
+  HeadView<typename P::Slot, typename P::HeadState, typename P::Scratch> head;
   head.info_ = info.data(), head.moment_ = in.moment, head.size_ = in.slots();
   head.keys_ = keys.data(), head.values_ = values.data();
   head.token_ = token.data(), head.multiplicity_ = multiplicity.data(), head.order_ = order.data(),

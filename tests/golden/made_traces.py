@@ -23,9 +23,10 @@ def _bfloat16() -> h5py.h5t.TypeFloatID:
 
 
 def _put(layer: h5py.Group, name: str, data: np.ndarray, dtype: str) -> None:
-    """A chunked dataset of stored words; the data must already be `dtype` numbers."""
+    """A dataset of stored words, chunked if it has heads; the data must already be `dtype` numbers."""
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    create.set_chunk((1, min(data.shape[1], 4096), data.shape[2]))
+    if data.ndim == 3:
+        create.set_chunk((1, min(data.shape[1], 4096), data.shape[2]))
     kind = _bfloat16() if dtype == "bfloat16" else h5py.h5t.py_create(np.dtype(dtype))
     dataset = h5py.h5d.create(layer.id, name.encode(), kind, h5py.h5s.create_simple(data.shape), dcpl=create)
     dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(data, dtype=np.float32))
@@ -35,10 +36,12 @@ def write_trace(path: str | Path, q: np.ndarray, k: np.ndarray, v: np.ndarray, p
                 inv_freq: np.ndarray | list[float] | None = None, rows: list[int] | None = None, dtype: str = "float32",
                 softcap: float = 0.0, windows: list[int] | None = None, sink_logit: np.ndarray | None = None,
                 rope: str = "pre", recipe: str = "model", style: str = "half", scaling: float = 1.0,
-                position: np.ndarray | None = None) -> None:
+                position: np.ndarray | None = None, e: np.ndarray | None = None,
+                wo: np.ndarray | None = None) -> None:
     """Write q [L, Hq, T, D], k [L, Hkv, T, D], v [L, Hkv, T, Dv] with scale 1/sqrt(D), rounded to `dtype`.
 
-    Without `inv_freq` keys are never rotated (rope_type none); `rows` records only these tokens' queries.
+    Without `inv_freq` keys are never rotated (rope_type none); `rows` records only these tokens' queries. Optional are
+    the gradients e [L, Hq, T, Dv], stored as float32, and the output projections wo [L, Hq * D, Hq * Dv].
     """
     (layers, query_heads, tokens, dim), (kv_heads, value_dim) = q.shape, (v.shape[1], v.shape[3])
     position = np.arange(tokens) if position is None else position
@@ -67,6 +70,10 @@ def write_trace(path: str | Path, q: np.ndarray, k: np.ndarray, v: np.ndarray, p
                 _put(layer, name, round_to(data.astype(np.float64), dtype), dtype)
             if rows is not None:
                 layer["q_index"] = np.asarray(rows, dtype=np.int32)
+            if e is not None:
+                _put(layer, "e", e[index] if rows is None else e[index][:, rows], "float32")
+            if wo is not None:
+                _put(layer, "wo", round_to(wo[index].astype(np.float64), dtype), dtype)
             if sink_logit is not None:
                 layer["sink_logit"] = sink_logit[index].astype(np.float32)
 

@@ -30,7 +30,7 @@ class Head {
     const int now = cache.tokens()[static_cast<std::size_t>(cache.order().back())];
     std::vector<WeightedKV::Slot> states;
     for (const int token : cache.tokens()) states.push_back({averages.at(token) * static_cast<float>(now - token + 1)});
-    auto head = kv::view_of<WeightedKV::Slot, kv::Empty>(info, {now, kv::Phase::decode, 0}, cache);
+    auto head = kv::view_of<WeightedKV::Slot, kv::Empty, kv::Empty>(info, {now, kv::Phase::decode, 0, 0}, cache);
     head.state_ = states.data();
     int victim = -1;
     float lowest = kv::protect;

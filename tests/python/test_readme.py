@@ -1,6 +1,6 @@
 """Every command of README.md, verbatim, in a folder that looks like the repository but takes the output. Blocks marked
-`bash` and `py` are about recording: they need packages that kvreplay itself does not, and tests/python/test_capture*.py
-run them."""
+`bash` and `py` are about recording and weights: they need packages that kvreplay itself does not, and
+tests/python/test_capture*.py and test_spectra.py run them."""
 from __future__ import annotations
 
 import re

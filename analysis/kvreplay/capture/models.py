@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvreplay.capture.errors import CaptureError
+from kvreplay.capture.packaged import packaged_gguf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
@@ -40,13 +40,8 @@ def find(name: str) -> Source:
         if path.suffix != ".gguf":
             raise CaptureError(f"model: {name} is a file but no .gguf; name the folder of a model instead")
         return Source(str(path.parent), path.name)
-    module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is not None and spec.submodule_search_locations:
-        files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf"))
-        if len(files) != 1:
-            raise CaptureError(f"model: the package {name} holds {len(files)} GGUF files, one is needed")
-        return Source(str(files[0].parent), files[0].name)
+    if (file := packaged_gguf(name)) is not None:
+        return Source(str(file.parent), file.name)
     if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
         return Source(name, title=name)
     raise CaptureError(f"model: {name} is no folder, no GGUF file, no installed package and no hub name (owner/model)")

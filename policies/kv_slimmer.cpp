@@ -1,0 +1,100 @@
+// KVSlimmer: as AsymKV, but keys are weighted by attention mass times value deviation, without gradients: (H11 + H12) k1 +
+// (H12 + H22) k2 with |c11|, |c22|, |c12| for second derivatives (kvslimmer-asymkv 3). `released`: the authors' code (L1, value
+// sums, a bound for |c12|); `paper`: L2 on value sums; `consistent`: L2 on the mean values that slots stand for.
+#include "policies/adjacent_links.hpp"
+
+namespace {
+
+struct KVSlimmer : kv::AdjacentLinks {
+  static constexpr kv::PolicyDoc doc{"kv_slimmer", "KVSlimmer", "2026, arXiv:2603.00907",
+                                     "joins adjacent slots; keys weighted by attention mass and value deviation"};
+  enum class Rule { released, paper, consistent } rule = Rule::consistent;
+  enum class Guard { none, clamp } guard = Guard::clamp;
+  bool smoothing = false;
+  void describe(auto& field) {
+    field("rule", rule, kv::Choices{"released", "paper", "consistent"}, "the authors' code; the paper; on mean values");
+    describe_links(field);
+    field("smoothing", smoothing, "average deviations over the blocks so far, as released");
+    field("guard", guard, kv::Choices{"none", "clamp"}, "key weights as they come (released), or kept in [0, 1]");
+  }
+  struct Slot {
+    float h = NAN;  // |c11|: alpha (1 - 2 alpha) |v - o|, smoothed; NaN before the first probe
+  };
+  struct Scratch : AdjacentLinks::Scratch {
+    float alpha = 0;  // share of the mass of all slots that may join
+  };
+  static constexpr const char* fold_note = "h12_over_h1";
+
+  KV_HD kv::Traits traits() const {
+    kv::Traits traits = link_traits();
+    traits.probe = smoothing ? kv::Probe::always : kv::Probe::due, traits.value_vector = true;
+    return traits;
+  }
+  KV_HD void on_probe(auto team, auto& head) const {
+    AdjacentLinks::on_probe(team, head);
+    const auto mass = [&](int s) { return head.place(s) < first_place(head) ? 0.f : head.scratch(s).mass; };
+    const float total = team.sum(head.size(), mass) + 1e-21f;
+    team.for_each(head.size(), [&](int s) { head.scratch(s).alpha = mass(s) / total; });
+    team.sync();
+    float* o = head.value_vector();  // sum alpha v
+    team.for_each(head.info().value_dim, [&](int c) {
+      o[c] = 0;
+      for (int s = 0; s < head.size(); ++s) o[c] += head.scratch(s).alpha * value(head, s, c);
+    });
+    team.sync();
+    const float share = 1 / static_cast<float>(head.block());  // of this block, by its number
+    team.for_each(head.size(), [&](int s) {
+      const float deviation = norm(head, [&](int c) { return value(head, s, c) - o[c]; });
+      const float alpha = head.scratch(s).alpha, h = alpha * (1 - 2 * alpha) * deviation, old = head.state(s).h;
+      const float raw = rule == Rule::released ? h : std::abs(h);
+      head.state(s).h = smoothing && old == old ? share * raw + (1 - share) * old : raw;
+    });
+  }
+  KV_HD kv::Fold on_merge(auto& head, int victim) const {
+    kv::Fold plan = link_fold(head, victim);
+    const int to = plan.target;
+    const float a1 = head.scratch(to).alpha, a2 = head.scratch(victim).alpha, *o = head.value_vector();
+    const float h1 = head.state(to).h, h2 = head.state(victim).h;
+    plan.own_key = a1, plan.key = a2;  // picks fold: a left fold in which mass accumulates
+    if (picks == kv::Picks::fold) return plan;
+    const auto both = [&](int c) { return value(head, to, c) + value(head, victim, c) - 2 * o[c]; };
+    const auto deviation = [](float a, float h) { return h / (a * (1 - 2 * a) + 1e-21f); };
+    const float h12 = a1 * a2 * (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2) : norm(head, both));
+    plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
+    if (guard == Guard::none) return plan;
+    const float sum = plan.own_key + plan.key, a = std::abs(sum) <= 1e-21f ? 0.5f : plan.own_key / sum;
+    plan.own_key = a < 0 ? 0.f : a > 1 ? 1.f : a;
+    plan.key = 1 - plan.own_key;
+    return plan;
+  }
+  KV_HD void on_target(auto& head, int target, kv::FoldTarget& sum) const {
+    AdjacentLinks::on_target(head, target, sum);
+    if (guard == Guard::none || picks == kv::Picks::fold) sum.key_divisor += 1e-21f;
+  }
+  KV_HD void on_fold(Slot& into, const Slot& from, const kv::Fold& plan) const {
+    const float sum = plan.own_key + plan.key + 1e-21f, a = plan.own_key / sum, b = plan.key / sum;
+    into.h = a * a * into.h + b * b * from.h;
+  }
+
+ private:
+  KV_HD float value(auto& head, int s, int c) const {
+    return head.value(s)[c] * (rule == Rule::consistent ? 1.f : static_cast<float>(head.multiplicity(s)));
+  }
+  KV_HD float norm(auto& head, auto entry) const {  // L1 as released, else L2
+    float l1 = 0, l2 = 0;
+    for (int c = 0; c < head.info().value_dim; ++c) l1 += std::abs(entry(c)), l2 += entry(c) * entry(c);
+    return rule == Rule::released ? l1 : std::sqrt(l2);
+  }
+};
+KV_REGISTER(KVSlimmer);
+
+struct KVSlimmerReleased : KVSlimmer {
+  static constexpr kv::PolicyDoc doc{"kv_slimmer_released", "KVSlimmer (released code)", "2026, arXiv:2603.00907",
+                                     "kv_slimmer as the authors' code runs: tokens are lost where picks overlap"};
+  KVSlimmerReleased() {
+    rule = Rule::released, picks = kv::Picks::faithful, clip = 5, smoothing = true, guard = Guard::none;
+  }
+};
+KV_REGISTER(KVSlimmerReleased);
+
+}  // namespace
