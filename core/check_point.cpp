@@ -16,7 +16,7 @@ std::vector<bool> needed_queries(const TraceHeader& trace, const PolicyEntry& en
                                  const ReplaySettings& settings) {
   std::vector<bool> needed(static_cast<std::size_t>(trace.tokens), false);
   const auto need = [&](int first, int last) {
-    std::fill(needed.begin() + std::max(first, 0), needed.begin() + last, true);
+    if (first < last) std::fill(needed.begin() + std::max(first, 0), needed.begin() + last, true);
   };
   if (entry.observes) need(traits.observes_prompt ? 0 : trace.prompt_tokens, trace.tokens);
   const bool even = settings.allocation.kind == Allocation::Kind::uniform;

@@ -85,8 +85,10 @@ std::vector<int> FoldSums::write(Dtype dtype) {
       write_key(slot, target, dtype);
       changed_keys.push_back(slot);
     }
-    if (!target.value.empty())
-      write_row(cache_.value(slot), target.value, target.sum.own_value, target.sum.value_divisor, dtype);
+    if (target.value.empty()) continue;
+    const FoldTarget& sum = target.sum;
+    write_row(cache_.value(slot), target.value, sum.own_value, sum.value_divisor, dtype);
+    unbalanced_ += !(std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor));
   }
   return changed_keys;
 }

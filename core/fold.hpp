@@ -32,6 +32,9 @@ class FoldSums {
   /// Targets whose key was written with a weight outside [0, 1].
   int weights_outside() const { return weights_outside_; }
 
+  /// Targets whose value was written with weights that do not add up to 1: attention mass is made up or lost.
+  int unbalanced() const { return unbalanced_; }
+
  private:
   struct Target {
     FoldTarget sum;
@@ -44,7 +47,7 @@ class FoldSums {
 
   Cache& cache_;
   std::map<int, Target> targets_;
-  int weights_outside_ = 0;
+  int weights_outside_ = 0, unbalanced_ = 0;
 };
 
 }  // namespace kv

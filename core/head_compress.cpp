@@ -208,7 +208,7 @@ void HeadReplay::fold(const std::vector<int>& going) {
   }
   for (const auto& [plan, victim] : folds) clip(plan.target);
   counters_.merges += static_cast<std::int64_t>(folds.size());
-  counters_.weights_outside += sums.weights_outside();
+  counters_.weights_outside += sums.weights_outside(), counters_.unbalanced += sums.unbalanced();
   fold_bytes_ = std::max(fold_bytes_,
                          folds.size() * sizeof(float) * static_cast<std::size_t>(model_.head_dim + model_.value_dim));
 }

@@ -32,7 +32,8 @@ void HeadReplay::measure(const std::vector<int>& rows, const std::vector<int>& m
       const Comparison c(got, full, model_.value_dim);
       if (!std::isfinite(c.error2) || !std::isfinite(c.output2))
         throw TraceError(
-            fmt::format("{}: the attention output of layer {}, query head {}, token {} is not finite: logits overflow",
+            fmt::format("{}: the attention output of layer {}, query head {}, token {} is not finite: logits overflow, "
+                        "or a policy's merged keys do",
                         layer_.trace.file.string(), layer_.layer.info.index, query_head, measured[i]));
       result.error2[at] = c.error2, result.output2[at] = c.output2, result.cosine[at] = c.cosine;
       const double full_lse = layer_.full->lse[in_full];

@@ -47,7 +47,7 @@ struct LayerReplay {
 
 /// What happened to slots.
 struct Counters {
-  std::int64_t evictions = 0, merges = 0, lost_in_folds = 0, lost_by_clip = 0, weights_outside = 0;
+  std::int64_t evictions = 0, merges = 0, lost_in_folds = 0, lost_by_clip = 0, weights_outside = 0, unbalanced = 0;
   int compressions = 0;
   std::vector<float> notes;  // Fold::note of every merge
 };

@@ -141,7 +141,7 @@ class UnitReplay {
     Counters& sum = out_.counters;
     sum.evictions += c.evictions, sum.merges += c.merges, sum.compressions += c.compressions;
     sum.lost_in_folds += c.lost_in_folds, sum.lost_by_clip += c.lost_by_clip;
-    sum.weights_outside += c.weights_outside;
+    sum.weights_outside += c.weights_outside, sum.unbalanced += c.unbalanced;
     sum.notes.insert(sum.notes.end(), c.notes.begin(), c.notes.end());
     out_.kept.push_back(head.kept_tokens());
     out_.workspace_bytes += head.workspace_bytes();
@@ -312,6 +312,7 @@ ReplayResult replay(Session& session, const PolicyEntry& entry, const BoundPolic
     r.evictions += unit.counters.evictions, r.merges += unit.counters.merges;
     r.lost_in_folds += unit.counters.lost_in_folds, r.compressions += unit.counters.compressions;
     r.lost_by_clip += unit.counters.lost_by_clip, r.weights_outside += unit.counters.weights_outside;
+    r.unbalanced += unit.counters.unbalanced;
     r.fold_notes.insert(r.fold_notes.end(), unit.counters.notes.begin(), unit.counters.notes.end());
     r.workspace_bytes = std::max(r.workspace_bytes, unit.workspace_bytes);
   }

@@ -49,6 +49,7 @@ struct ReplayResult {
   std::int64_t evictions = 0, merges = 0, compressions = 0;
   std::int64_t lost_in_folds = 0, lost_by_clip = 0;  // tokens whose target went as well; counts cut off by a clip
   std::int64_t weights_outside = 0;                  // merges that wrote a key with a weight outside [0, 1]
+  std::int64_t unbalanced = 0;                       // merges whose value weights do not add up to 1
   std::vector<float> fold_notes;                     // Fold::note of every merge that states one
   bool leaks = false;                                // measured queries that the policy had seen
   std::size_t workspace_bytes = 0;                   // working memory of the unit (head or layer) that took most

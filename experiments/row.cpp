@@ -199,6 +199,7 @@ void add_result(Row& row, const Point& point, const TraceHeader& header, const R
   row["count.lost_in_folds"] = result.lost_in_folds;
   row["count.lost_by_clip"] = result.lost_by_clip;
   row["count.weights_outside"] = result.weights_outside;
+  row["count.unbalanced"] = result.unbalanced;
   row["count.compressions"] = result.compressions;
   row["acted"] = result.evictions + result.merges > 0;
   row["leaks"] = result.leaks;

@@ -14,7 +14,7 @@ struct ExpectedAttention : kv::Policy {
   void describe(auto& field) {
     field("sinks", sinks, kv::Range{0, 1 << 20},
           "first tokens that stay; their queries are left out of the statistics");
-    field("future", future, kv::Range{1, 1 << 20}, "positions to come that the rotation is averaged over");
+    field("future", future, kv::Range{1, 1 << 14}, "positions to come that the rotation is averaged over");
     field("covariance", covariance, "use the queries' covariance, not their mean alone");
     field("value_norm", value_norm, "weigh by the norm of the value");
     field("epsilon", epsilon, kv::Range{0, 1}, "added to the probability before that");

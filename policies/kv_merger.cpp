@@ -1,5 +1,4 @@
-// KVMerger: runs of adjacent keys that point the same way become one slot at their most attended member, weighted by a
-// Gaussian of the distance to it (merge-methods 2). Heavy hitters and the newest tokens stay as they are.
+// KVMerger: runs of like adjacent keys become one slot at their most attended member, by a Gaussian (merge-methods 2).
 #include "policies/policy.hpp"
 
 namespace {
@@ -14,12 +13,11 @@ struct KVMerger : kv::Policy {
   bool count_bias = true, merge = true;
   void describe(auto& field) {
     field("threshold", threshold, kv::RangeOr{-1, 1, "exact"},
-          "join every pair of adjacent keys whose cosine is above; exact: as many as the budget asks for");
+          "join neighbours of a higher cosine; exact: the budget's");
     field("sigma", sigma, kv::Choices{"mean_distance", "fixed", "literal"},
           "width of the Gaussian: mean distance to the pivot / sqrt 2; sigma_value; the printed fixed point");
     field("sigma_value", sigma_value, kv::Range{1e-6, 1e6}, "of sigma: fixed");
-    field("value_scale", value_scale, kv::Choices{"set_size", "none"},
-          "values times the size of their set, as printed");
+    field("value_scale", value_scale, kv::Choices{"set_size", "none"}, "values times their set's size, as printed");
     field("count_bias", count_bias, "a slot counts as all its tokens in the softmax");
     field("recent", recent, kv::Range{0, 1}, "share of the budget (without one: of the slots) for the newest tokens");
     field("heavy", heavy, kv::Range{0, 1}, "the same for the most attended ones");
@@ -50,9 +48,9 @@ struct KVMerger : kv::Policy {
     });
     team.sync();
     team.for_each(head.size(), [&](int s) {
-      const int next = head.next(s);
-      const bool safe = next < 0 || head.scratch(s).safe || head.scratch(next).safe;
-      head.score(s) = safe ? kv::protect : -kv::RowTeam{}.cosine(head.key(s), head.key(next));
+      const int to = head.next(s);
+      const bool free = to >= 0 && !head.scratch(s).safe && !head.scratch(to).safe;
+      head.score(s) = free ? -kv::RowTeam{}.cosine(head.key(s), head.key(to)) : kv::protect;
     });
   }
   KV_HD void on_selected(auto team, auto& head) const {
@@ -70,10 +68,12 @@ struct KVMerger : kv::Policy {
     const float own = static_cast<float>(head.multiplicity(pivot)), width = head.scratch(pivot).sigma;
     const float near = gauss(kv::RowTeam{}.distance(head.key(pivot), head.key(victim)), width);
     const float weight = near * static_cast<float>(head.multiplicity(victim));
-    return {.target = pivot, .key = weight, .value = weight, .own_key = own, .own_value = own, .note = width};
+    kv::Fold plan{.target = pivot, .key = weight, .value = weight, .own_key = own, .own_value = own, .note = width};
+    if (value_scale == ValueScale::set_size) plan.value = near, plan.own_value = 1;  // stored values are sums already
+    return plan;
   }
   KV_HD void on_target(auto&, int, kv::FoldTarget& sum) const {
-    if (value_scale == ValueScale::set_size) sum.value_divisor /= static_cast<float>(sum.multiplicity);
+    if (value_scale == ValueScale::set_size) sum.value_divisor = sum.key_divisor / static_cast<float>(sum.multiplicity);
   }
 
  private:

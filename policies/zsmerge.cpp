@@ -50,7 +50,8 @@ struct ZSMerge : kv::Policy {
     team.for_each(1, [&](int) { head.shared().started = 1; });
   }
   KV_HD kv::Fold on_merge(auto& head, int victim) const {
-    const int anchor = head.scratch(victim).anchor, to = anchor >= 0 ? anchor : head.target(victim);
+    const int anchor = head.scratch(victim).anchor;  // it may have to go itself, when too much is protected
+    const int to = anchor >= 0 && head.kept(anchor) ? anchor : head.target(victim);
     if (to < 0) return {};
     const auto from = static_cast<float>(head.multiplicity(victim)), own = static_cast<float>(head.multiplicity(to));
     return {.target = to, .key = from, .value = from, .own_key = own, .own_value = own};

@@ -17,7 +17,7 @@ struct Shape {
   RopeStyle style = RopeStyle::half;
   int window = 0;  // of odd layers
   double softcap = 0;
-  bool sink_logit = false, wo = false;
+  bool sink_logit = false, wo = false, e = false;
 };
 
 inline TraceHeader header_of(const Shape& s) {
@@ -63,6 +63,7 @@ inline LayerTensors tensors_of(const Shape& s, const LayerInfo& info, std::uint6
         for (std::size_t c = 0; c < d; ++c) x.k[(h * t + token) * d + c] *= 2;
   if (s.sink_logit) x.sink_logit = fill(hq);
   if (s.wo) x.wo = fill(24 * hq * std::size_t(s.value_dim));
+  if (s.e) x.e = fill(hq * t * std::size_t(s.value_dim));
   return x;
 }
 

@@ -14,7 +14,7 @@ from merge_cases import TABLES, MergeCase, stack
 
 M, E = TABLES["common"], TABLES["scores"]
 FULL = np.array(M["full_output_last"])
-FAR = [-1000.0, 0.0]            # a key that the query Q[4] does not see
+FAR = [-1e5, 0.0]            # a key that the query Q[4] does not see
 ONCE, ALWAYS = {"compress": "prompt"}, {"compress": "always"}
 KEY, VALUE, QUERY = (np.array(M[x]) for x in "KVQ")
 
@@ -54,6 +54,11 @@ def kv_merger() -> Iterator[MergeCase]:
                 params = free | sigma | scale | {"threshold": threshold}
                 yield from case(f"{width}_{mode}_{threshold}", "kv_merger", budget, params, out, [0, 1, 4], [1, 3, 1],
                                 counts={"merges": 2})
+    far = {"key": 30 * KEY, "query": QUERY / 30}        # so far apart that all weights but the pivot's vanish
+    for scale, size in (("none", 1), ("set_size", 3)):
+        params = free | {"sigma": "literal", "count_bias": False, "value_scale": scale}
+        got = attend(QUERY[4], KEY[[0, 1, 4]], VALUE[[0, 1, 4]] * [[1], [size], [1]])
+        yield from case(f"B3_far_{scale}", "kv_merger", 3, params, got, [0, 1, 4], [1, 3, 1], **far)
     dropped = attend(QUERY[4], KEY[[0, 1, 4]], VALUE[[0, 1, 4]])
     yield from case("B_pivots", "kv_merger", 3, free | {"merge": False}, dropped, [0, 1, 4], [1, 3, 1])
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from oracle_trace import Rope, Trace, round_to
 
+SIDES = np.array([1 - 5e-7, 1.0, 1 + 5e-7])      # some four units in the last place of fp32
+
 
 @dataclass(frozen=True)
 class Extras:
@@ -53,6 +55,7 @@ class Head:
         self.stands = np.full(trace.tokens, -1)                   # token -> the token of its slot, -1 = none
         self.memory: dict[str, Any] = {}
         self.gaps: list[float] = []
+        self.near_roundings = 0
         self._seat, self._rotated = np.zeros(0, np.int64), np.zeros((0, trace.k.shape[3]))
 
     def __len__(self) -> int:
@@ -81,12 +84,23 @@ class Head:
             setattr(self, name, getattr(self, name)[slot])
         self.mass = self.mass[:, slot]
 
-    def write(self, slot: int, key: np.ndarray | None, value: np.ndarray | None) -> None:
-        """Overwrite a row, rounded to the trace's type; None leaves it."""
+    def write(self, slot: int | np.ndarray, key: np.ndarray | None, value: np.ndarray | None) -> None:
+        """Overwrite a row or several, rounded to the trace's type; None leaves them."""
         if key is not None:
-            self.key[slot], self._seat[slot] = round_to(np.asarray(key, np.float64), self.dtype), -1
+            self.key[slot], self._seat[slot] = self._round(key), -1
         if value is not None:
-            self.value[slot] = round_to(np.asarray(value, np.float64), self.dtype)
+            self.value[slot] = self._round(value)
+
+    def _round(self, row: np.ndarray) -> np.ndarray:
+        """Rounded; counts a row of which fp32 arithmetic could round some number the other way.
+
+        The very middle between two numbers is no such case: means of stored numbers hit it exactly, in fp32 too.
+        """
+        row = np.asarray(row, np.float64)
+        low, here, high = round_to(row * SIDES.reshape(3, *(1,) * row.ndim), self.dtype)
+        near = (low != high) & (row != (low + high) / 2)
+        self.near_roundings += int(self.dtype != "float32" and near.any())
+        return here
 
     def join(self, victim: int, into: int) -> None:
         """The slot `into` stands for the victim's tokens from now on; multiplicities are the caller's."""

@@ -197,9 +197,11 @@ def gradient(layer: Layer, one: Probed, a: int, b: int) -> np.ndarray:
 
 
 def turn_back(rope: Rope, x: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """The transpose of the rotation, unrounded."""
-    angle = position[:, None] * rope.inv_freq.astype(np.float64)
-    cos, sin, half = rope.scaling * np.cos(angle), rope.scaling * np.sin(angle), len(rope.inv_freq)
+    """The transpose of the rotation, with the cosines and sines that the recipe rotates by."""
+    angle = position[:, None].astype(np.float32) * rope.inv_freq.astype(np.float32)
+    cos, sin = (rope._rounded(f(angle.astype(np.float64)).astype(np.float32) * np.float32(rope.scaling))
+                for f in (np.cos, np.sin))
+    half = len(rope.inv_freq)
     first, second = (slice(0, half), slice(half, 2 * half)) if rope.style == "half" else (
         slice(0, 2 * half, 2), slice(1, 2 * half, 2))
     out = x.copy()

@@ -43,8 +43,8 @@ def cam_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
             continue
         added[window] += part / len(window) * head.value[victim]
         view.merge(victim, window[0])
-    for slot in np.flatnonzero(added.any(axis=1)):
-        head.write(slot, None, head.value[slot] + added[slot])
+    changed = np.flatnonzero(added.any(axis=1))
+    head.write(changed, None, head.value[changed] + added[changed])
 
 
 def cam_gate(view: View, victim: float, window: np.ndarray) -> float:

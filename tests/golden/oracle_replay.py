@@ -31,6 +31,7 @@ class MergeResult(Result):
 
     key: list[list[np.ndarray]] = field(default_factory=list)     # final keys, as cached
     counts: Counter = field(default_factory=Counter)              # evictions, merges, lost_in_folds, ...
+    near_roundings: np.ndarray | None = None                      # [L, Hkv] folded rows that fp32 may round otherwise
 
 
 class Run:
@@ -122,7 +123,8 @@ class Run:
             self.reference.token, self.error2, self.output2, rel_l2, self.lost, np.array(self.held), np.array(self.held_after),
             of["token"], of["multiplicity"], of["value"], of["mass"],
             gaps.reshape(*gaps.shape[:2], count).transpose(2, 0, 1), of["key"],
-            sum((layer.counts for layer in self.layers), Counter()))
+            sum((layer.counts for layer in self.layers), Counter()),
+            np.array([[head.near_roundings for head in layer] for layer in heads]))
 
 
 def replay(trace: Trace, policy: str, params: dict[str, Any] | None = None, budget: int | None = None, *,

@@ -79,9 +79,9 @@ INSTANTIATE_TEST_SUITE_P(
               "struct Slot { float m = 0; };\n" + score +
                   "KV_HD void on_append(auto, auto& head, int s) const { head.state(s).m = 1; }\n"
                   "KV_HD void on_fold(Slot& into, const Slot& from, const kv::Fold&) const { into.m += from.m; }",
-              "on_fold without on_merge is never called"},
+              "on_fold, on_target and key_weight are never called without on_merge"},
         Wrong{"SlotIsNotPlain", "struct Slot { std::vector<float> m; };\n" + score,
-              "Slot and HeadState must be plain data"},
+              "Slot, HeadState and Scratch must be plain data"},
         Wrong{"WeighTakesOne",
               "struct Slot { float m = 0; };\n" + score +
                   "KV_HD void on_attention(auto slot, auto seen) const { slot.state.m = seen.mean(); }\n"

@@ -7,6 +7,7 @@
 
 #include <set>
 
+#include "core/error.hpp"
 #include "core/metrics.hpp"
 #include "tests/synthetic.hpp"
 
@@ -24,7 +25,11 @@ void PrintTo(const Corner& c, std::ostream* out) { *out << c.policy << " " << c.
 std::vector<Value> corner_values(const Field& field) {
   if (field.type == "bool") return {true, false};
   if (field.type == "int") return {std::int64_t(field.low), std::int64_t(field.low + 3), std::int64_t(field.high)};
-  if (field.type == "number") return {field.low, field.high};
+  if (field.type == "number") {
+    std::vector<Value> values{field.low, field.high};
+    values.insert(values.end(), field.choices.begin(), field.choices.end());
+    return values;
+  }
   return {field.choices.begin(), field.choices.end()};
 }
 
@@ -52,19 +57,47 @@ class Property : public testing::TestWithParam<Corner> {
     for (const Field& field : policy->fields())
       if (field.name == GetParam().parameter) field.set(GetParam().value);
   }
+  static constexpr test::Shape shape{.window = 25, .softcap = 20, .sink_logit = true, .wo = true, .e = true};
   static Session& session() {
-    static Session s(test::write_trace("property", {.window = 25, .softcap = 20, .sink_logit = true, .wo = true}, 1));
+    static Session s(test::write_trace("property", shape, 1));
     return s;
   }
   ReplaySettings settings(int budget, int block, Compress compress = Compress::always,
                           Positions positions = Positions::absolute) const {
     ReplaySettings s;
-    s.budget = budget, s.block = {block}, s.compress = compress, s.positions = positions;
+    s.budget = needs_budget() ? budget : 60, s.block = {block}, s.positions = positions;
+    s.compress = probes() ? Compress::prompt : compress;
     s.measured = parse_measure("all", 60, 40);
     return s;
   }
   ReplayResult run(const ReplaySettings& s) { return replay(session(), entry, *policy, s); }
   bool compresses() const { return policy->traits().compresses; }
+  bool needs_budget() const { return policy->traits().needs_budget(); }
+  bool probes() const { return policy->traits().probe != Probe::none; }
+
+  /// False when the policy cannot do this by its nature (a ConfigError, checked elsewhere).
+  bool possible(const ReplaySettings& s) const {
+    try {
+      check_point(session().header(), entry, *policy, s);
+      return true;
+    } catch (const ConfigError&) {
+      return false;
+    }
+  }
+
+  /// Slots of every head before a block that begins with token `first`.
+  int held_before(int first, const ReplaySettings& s) const {
+    if (!compresses()) return first;
+    const auto bounded = [&](int n) { return std::min(n, s.budget); };
+    if (probes()) {  // the last prompt block comes on top
+      const int last_block = s.block.tokens == 0 ? 0 : (40 - 1) / s.block.tokens * s.block.tokens;
+      return first < 40 ? bounded(first) : bounded(last_block) + first - last_block;
+    }
+    if (first <= 40) return bounded(first);
+    const int decoded = first - 40, since = decoded % policy->traits().interval;
+    if (s.compress == Compress::prompt || since == decoded) return bounded(40) + decoded;
+    return bounded(std::min(bounded(40) + decoded - since, s.budget)) + since;
+  }
 
   const PolicyEntry& entry;
   std::unique_ptr<BoundPolicy> policy;
@@ -74,25 +107,29 @@ class Property : public testing::TestWithParam<Corner> {
 class Defaults : public Property {};
 
 TEST_P(Property, HoldsAtMostTheBudgetAndWhatCameSince) {
+  if (compresses() && !needs_budget()) GTEST_SKIP() << "the policy's own threshold decides how much stays";
+  if (GetParam().parameter == "guard" && to_text(GetParam().value) == "none")
+    GTEST_SKIP() << "unguarded weights have poles, and a trace this small meets them: keys overflow";
+  int tried = 0;
   for (const int block : {0, 7, 1})
     for (const int budget : {1, 2, 5, 17, 39})
       for (const Compress compress : {Compress::prompt, Compress::always})
-        for (const Positions positions : {Positions::absolute, Positions::cache}) {
+        for (const Positions positions : {Positions::absolute, Positions::cache, Positions::span}) {
           SCOPED_TRACE(fmt::format("block {} budget {} {} {}", block, budget, name_of(compress), name_of(positions)));
           const ReplaySettings s = settings(budget, block, compress, positions);
+          if (!possible(s)) continue;
+          ++tried;
           const ReplayResult r = run(s);
           const std::size_t steps = r.step_token.size();
           for (std::size_t i = 0; i < r.slots.size(); ++i) {
             const std::size_t step = i % steps;
             const int first = step == 0 ? 0 : r.step_token[step - 1] + 1, appended = r.step_token[step] + 1 - first;
-            int expected = first;  // everything, until a compression was due
-            if (compresses() && first > budget)
-              expected = compress == Compress::always || first <= 40 ? budget : std::min(budget, 40) + first - 40;
-            ASSERT_EQ(r.slots[i], expected + appended) << "step " << step;
+            ASSERT_EQ(r.slots[i], held_before(first, s) + appended) << "step " << step;
+            // A probing policy compresses before it appends: that is why the last slots of the prompt stay.
           }
-          const int last = !compresses() ? 60 : compress == Compress::always ? budget : std::min(budget, 40) + 20;
-          for (const int slots : r.final_slots) ASSERT_EQ(slots, last);
+          for (const int slots : r.final_slots) ASSERT_EQ(slots, held_before(60, s));
         }
+  EXPECT_GT(tried, 0);
 }
 
 TEST_P(Property, KeptIsASortedSubsetAndTokensAddUp) {
@@ -119,6 +156,7 @@ TEST_P(Property, KeptIsASortedSubsetAndTokensAddUp) {
 }
 
 TEST_P(Property, BudgetOfAllTokensIsTheFullCache) {
+  if (compresses() && !needs_budget()) GTEST_SKIP() << "the policy's own threshold decides how much stays";
   for (const int block : {0, 7, 1}) {
     const ReplayResult r = run(settings(60, block));
     EXPECT_EQ(r.evictions + r.merges + r.compressions, 0);
@@ -137,6 +175,9 @@ TEST_P(Defaults, ProtectedTokensSurvive) {
 }
 
 TEST_P(Defaults, ProtectingTheWholeBudgetLeavesNothingToScores) {
+  const Traits traits = policy->traits();
+  if (traits.select == Select::links) GTEST_SKIP() << "what is joined leaves a slot where it began, protected or not";
+  if (traits.interval > 1) GTEST_SKIP() << "what came since the last compression is there as well";
   ReplaySettings s = settings(10, 7);
   s.protect = {4, 6};
   const auto streaming = find_policy("streaming_llm").make();
@@ -157,7 +198,6 @@ TEST_P(Property, SameBitsAgainAndForAnyNumberOfThreads) {
 
 TEST_P(Property, HeadsAndLayersDoNotInfluenceEachOther) {
   if (policy->traits().scope == Scope::layer) GTEST_SKIP() << "heads share a selection by design";
-  const test::Shape shape{.window = 25, .softcap = 20, .sink_logit = true, .wo = true};
   Session other(test::write_trace("edited", shape, 1, [&](int layer, LayerTensors& t) {
     const std::size_t head = t.k.size() / 2;  // another last head in layer 0, another layer 1
     for (std::size_t i = layer == 0 ? head : 0; i < t.k.size(); ++i) t.k[i] = -t.k[i];
@@ -171,18 +211,18 @@ TEST_P(Property, HeadsAndLayersDoNotInfluenceEachOther) {
 }
 
 TEST_P(Property, AConstantValueFieldIsPreserved) {
-  Session constant(
-      test::write_trace("constant", {}, 2, [](int, LayerTensors& t) { std::fill(t.v.begin(), t.v.end(), 1.5f); }));
+  Session constant(test::write_trace("constant", {.wo = true, .e = true}, 2,
+                                     [](int, LayerTensors& t) { std::fill(t.v.begin(), t.v.end(), 1.5f); }));
   const ReplayResult r = replay(constant, entry, *policy, settings(7, 9));
   std::filesystem::remove(constant.header().file);
+  if (r.unbalanced > 0) GTEST_SKIP() << "the policy's value weights do not add up to 1";
   EXPECT_LE(metrics_of(r).rel_l2.max.value(), 1e-5);
 }
 
 TEST_P(Defaults, ScalingValuesChangesNoKeptSet) {
-  Session doubled(test::write_trace("doubled", {.window = 25, .softcap = 20, .sink_logit = true, .wo = true}, 1,
-                                    [](int, LayerTensors& t) {
-                                      for (float& v : t.v) v *= 2;
-                                    }));
+  Session doubled(test::write_trace("doubled", shape, 1, [](int, LayerTensors& t) {
+    for (float& v : t.v) v *= 2;
+  }));
   const ReplayResult r = replay(doubled, entry, *policy, settings(12, 7));
   std::filesystem::remove(doubled.header().file);
   EXPECT_EQ(r.final_position, run(settings(12, 7)).final_position);
@@ -190,7 +230,9 @@ TEST_P(Defaults, ScalingValuesChangesNoKeptSet) {
 
 TEST_P(Property, MetricsAreFinite) {
   for (const Positions positions : {Positions::absolute, Positions::cache}) {
-    const ReplayResult r = run(settings(3, 1, Compress::always, positions));
+    const ReplaySettings s = settings(3, 1, Compress::always, positions);
+    if (!possible(s)) continue;
+    const ReplayResult r = run(s);
     const Metrics m = metrics_of(r);
     EXPECT_TRUE(std::isfinite(m.nmse.value()));
     EXPECT_EQ(m.undefined_queries, 0);
@@ -207,6 +249,25 @@ TEST_P(Property, TimedPassesRepeatTheCheckedOne) {
   for (const auto& phase : r.us) {
     ASSERT_EQ(phase.size(), 20u);
     for (const double us : phase) EXPECT_TRUE(us >= 0 && us < 1e7);
+  }
+}
+
+/// Merges that are plain weighted means preserve what all values share; these say that they are.
+TEST(ConvexMerges, AddUpToOne) {
+  for (const char* name :
+       {"weighted_kv", "mean_merge", "asym_kv", "kv_slimmer", "kv_merger", "d2o", "keepkv", "look_m", "zsmerge"}) {
+    const PolicyEntry& entry = find_policy(name);
+    Session session(test::write_trace("convex", {.wo = true, .e = true}, 2));
+    const auto policy = entry.make();
+    for (const Field& field : policy->fields())
+      if (field.type == "number" && field.name == "threshold" && field.choices.empty()) field.set(-1.0);  // merge all
+    ReplaySettings s;
+    s.budget = 12, s.block = {9}, s.compress = Compress::prompt, s.measured = parse_measure("all", 60, 40);
+    const ReplayResult r = replay(session, entry, *policy, s);
+    std::filesystem::remove(session.header().file);
+    EXPECT_GT(r.merges, 0) << name;
+    EXPECT_EQ(r.unbalanced, 0) << name;
+    EXPECT_EQ(r.lost_in_folds + r.lost_by_clip, 0) << name;
   }
 }
 
