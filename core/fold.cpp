@@ -81,12 +81,12 @@ void FoldSums::write_key(int slot, const Target& target, Dtype dtype) {
 std::vector<int> FoldSums::write(Dtype dtype) {
   std::vector<int> changed_keys;
   for (auto& [slot, target] : targets_) {
-    if (!target.key.empty()) {
-      write_key(slot, target, dtype);
-      changed_keys.push_back(slot);
-    }
-    if (target.value.empty()) continue;
     const FoldTarget& sum = target.sum;
+    // Without weight from any victim a row is what it was, unless on_target scales it.
+    if (target.key.empty() && sum.own_key != sum.key_divisor) target.key.resize(std::size_t(cache_.key_dim()));
+    if (target.value.empty() && sum.own_value != sum.value_divisor) target.value.resize(std::size_t(cache_.value_dim()));
+    if (!target.key.empty()) write_key(slot, target, dtype), changed_keys.push_back(slot);
+    if (target.value.empty()) continue;
     write_row(cache_.value(slot), target.value, sum.own_value, sum.value_divisor, dtype);
     unbalanced_ += !(std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor));
   }

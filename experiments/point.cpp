@@ -156,6 +156,17 @@ const Place& place_of_message(const Point& point, const std::string& message) {
   return point.place_of(point.places.contains(key) ? key : "policy");
 }
 
+/// Whether a key's value tells this point from others: what only adds output does not, nor what came later and is unused.
+bool changes_the_run(const Point& point, const std::string& key) {
+  const Allocation::Kind kind = point.keys.allocation.kind;
+  if (key == "series" || key == "timing.repeats") return false;
+  if (key == "metrics") return point.keys.metrics != AskedMetrics::standard;
+  if (key == "allocation.kind") return kind != Allocation::Kind::uniform;
+  if (key == "allocation.beta") return kind == Allocation::Kind::pyramid;
+  if (key == "allocation.floor") return kind == Allocation::Kind::adaptive;
+  return true;
+}
+
 }  // namespace
 
 const Place& Point::place_of(const std::string& key) const {
@@ -222,7 +233,7 @@ void attach(Point& point, const TraceHeader& header, const std::string& trace_id
 std::string canonical(const Point& point, const std::string& trace_identity) {
   nlohmann::json text;  // keys sorted, values typed
   for (const auto& [key, value] : point.values())
-    if (key != "series" && key != "timing.repeats") text[key] = to_json(value);
+    if (changes_the_run(point, key)) text[key] = to_json(value);
   text["budget"] = point.budget.text;
   text["trace"] = trace_identity;
   return text.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);

@@ -18,16 +18,24 @@ struct HookInputs {
   std::vector<float> sums;                            // [slots][group] the observation
   int rows = 1;                                       // queries it sums
   std::vector<std::uint8_t> kept;                     // [slots]
+  std::vector<int> target;                            // [slots] of victims
+  std::vector<float> similarity, future_mass;         // [slots]
+  std::vector<float> key_gradient;                    // [slots][key_dim]
+  std::vector<float> query_mean, query_covariance;    // [group][key_dim], [group][key_dim][key_dim]
+  std::vector<float> output_norm;                     // [tokens]
   int slots() const { return static_cast<int>(token.size()); }
 };
 
 /// What the hooks answered.
 struct HookOutputs {
-  std::vector<float> score;  // [slots]
-  std::vector<Fold> folds;   // [slots] of slots that are not kept
+  std::vector<float> score;      // [slots]
+  std::vector<float> bias;       // [slots] log_bias, 0 without one
+  std::vector<Fold> folds;       // [slots] of slots that are not kept
+  std::vector<FoldTarget> sums;  // [slots] what on_target makes of one victim that weighs 1/4 of its target
+  std::vector<float> weights;    // [slots] key_weight of channel 0, 0 without one
 };
 
-/// Appends all slots, observes, scores and plans merges with the default parameters of policy `name`, on the current
+/// Appends all slots, observes, probes, scores, selects and plans merges with the default parameters of policy `name`, on the current
 /// device. Throws CudaError, ConfigError for an unknown name.
 HookOutputs run_hooks_on_device(const std::string& name, const HookInputs& inputs);
 

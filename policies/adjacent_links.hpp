@@ -42,7 +42,7 @@ struct AdjacentLinks : Policy {
     const int place = head.place(slot) - first_place(head), next = head.next(slot);
     if (place < 0 || next < 0) return kv::sink;
     const float mass = head.scratch(slot).mass + head.scratch(next).mass;
-    return decay_tokens > 0 ? mass * static_cast<float>(std::exp(-(place + 1) / decay_tokens)) : mass;
+    return decay_tokens > 0 ? mass * kv::exp(static_cast<float>(-(place + 1) / decay_tokens)) : mass;
   }
   KV_HD float log_bias(auto slot) const { return merge ? slot.log_multiplicity() : 0.f; }
   /// The plan whose value is the mean over all tokens; key weights are the policy's.

@@ -50,7 +50,7 @@ struct D2O : kv::Policy {
     const float u = head.similarity(victim);
     if (!(u >= head.shared().threshold)) return {};
     const bool exponential = weights == Weights::softmax;
-    const float weight = exponential ? std::exp(u) : u, own = exponential ? std::exp(1.f) : 1.f;
+    const float weight = exponential ? kv::exp(u) : u, own = exponential ? kv::exp(1.f) : 1.f;
     return {.target = head.target(victim), .key = weight, .value = weight, .own_key = own, .own_value = own, .note = u};
   }
   KV_HD void on_target(auto&, int, kv::FoldTarget& sum) const {

@@ -36,14 +36,14 @@ struct KeepKV : kv::Policy {
     const int to = head.target(victim);
     // w = votes x exp(z), both times exp(-z of the target): only ratios matter, and nothing overflows.
     const float z = head.seen(victim).mean(), more = z - head.seen(to).mean();
-    const float w = static_cast<float>(head.multiplicity(victim)) * std::exp(more < 60 ? more : 60.f);
+    const float w = static_cast<float>(head.multiplicity(victim)) * kv::exp(more < 60 ? more : 60.f);
     const auto own = static_cast<float>(head.multiplicity(to));
     return {.target = to, .key = w, .value = w, .own_key = own, .own_value = own, .extra = w * z};
   }
   KV_HD void on_target(auto& head, int target, kv::FoldTarget& sum) const {
     const float z = head.seen(target).mean(), total = sum.own_value + sum.value;
     const float mean_z = (sum.own_value * z + sum.extra) / total;
-    const float stretch = (std::log(total / static_cast<float>(sum.multiplicity)) + z) / mean_z;
+    const float stretch = (kv::log(total / static_cast<float>(sum.multiplicity)) + z) / mean_z;
     if (stretch >= 0.5f && stretch <= 2) sum.key_divisor = total / stretch;  // else singular: the convex key
   }
 };

@@ -77,7 +77,7 @@ struct KVMerger : kv::Policy {
   }
 
  private:
-  KV_HD static float gauss(float d, float width) { return d > 0 ? std::exp(-d * d / (2 * width * width)) : 1.f; }
+  KV_HD static float gauss(float d, float width) { return d > 0 ? kv::exp(-d * d / (2 * width * width)) : 1.f; }
   /// Moves a run to its pivot, the most attended member, and finds its Gaussian's width.
   KV_HD void settle_run(auto& head, int first) const {
     int pivot = first, size = 0;

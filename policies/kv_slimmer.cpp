@@ -63,8 +63,7 @@ struct KVSlimmer : kv::AdjacentLinks {
     plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
     if (guard == Guard::none) return plan;
     const float sum = plan.own_key + plan.key, a = std::abs(sum) <= 1e-21f ? 0.5f : plan.own_key / sum;
-    plan.own_key = a < 0 ? 0.f : a > 1 ? 1.f : a;
-    plan.key = 1 - plan.own_key;
+    plan.own_key = a < 0 ? 0.f : a > 1 ? 1.f : a, plan.key = 1 - plan.own_key;
     return plan;
   }
   KV_HD void on_target(auto& head, int target, kv::FoldTarget& sum) const {

@@ -34,7 +34,7 @@ struct LagKV : kv::Policy {
       const auto softmax = [&](auto get) {
         const float mine = get(head.scratch(s));
         float sum = 0;
-        for (int i = 0; i < lag; ++i) sum += std::exp(get(head.scratch(mate(head, place, i))) - mine);
+        for (int i = 0; i < lag; ++i) sum += kv::exp(get(head.scratch(mate(head, place, i))) - mine);
         return 1 / sum;
       };
       head.scratch(s).score = (softmax([](auto& x) { return x.key; }) + softmax([](auto& x) { return x.value; })) / 2;

@@ -52,9 +52,9 @@ struct RKV : kv::Policy {
     });
     team.sync();
     const float most = team.max(n, [&](int s) { return head.scratch(s).redundancy; });
-    const float total = team.sum(n, [&](int s) { return std::exp(head.scratch(s).redundancy - most); });
+    const float total = team.sum(n, [&](int s) { return kv::exp(head.scratch(s).redundancy - most); });
     team.for_each(n, [&](int s) {
-      const float r = std::exp(head.scratch(s).redundancy - most) / total, weight = static_cast<float>(lambda);
+      const float r = kv::exp(head.scratch(s).redundancy - most) / total, weight = static_cast<float>(lambda);
       head.score(s) = head.age(s) < window ? kv::protect : weight * importance(head, s) - (1 - weight) * r;
     });
   }

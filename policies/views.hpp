@@ -14,6 +14,10 @@
 
 namespace kv {
 
+/// Exponential and logarithm by way of double: rounded once, so that both engines give the same bits.
+KV_HD inline float exp(float x) { return static_cast<float>(std::exp(static_cast<double>(x))); }
+KV_HD inline float log(float x) { return static_cast<float>(std::log(static_cast<double>(x))); }
+
 /// Scores above every other: such slots stay whatever the rest. When more are protected than fit, the lowest sinks stay
 /// (all but one slot of the budget), then the newest protected slots.
 inline constexpr float sink = INFINITY;
@@ -55,7 +59,7 @@ struct SlotView {
   KV_HD bool recent(int n) const { return now - token < n; }  // among the newest n
   KV_HD int budget() const { return head.budget; }
   /// What makes a slot count as all its tokens in the softmax: the bias of log_bias.
-  KV_HD float log_multiplicity() const { return multiplicity > 1 ? std::log(static_cast<float>(multiplicity)) : 0.f; }
+  KV_HD float log_multiplicity() const { return multiplicity > 1 ? kv::log(static_cast<float>(multiplicity)) : 0.f; }
 };
 
 /// One key or value.

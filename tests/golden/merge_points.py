@@ -127,6 +127,32 @@ def others() -> Iterator[MergePoint]:
     yield point(1, "snapkv", "12.5%", allocation=ADAPTIVE | {"floor": 0.5})
 
 
+# Policy and parameters cut down to the made traces, whose budgets are 16 and 5 slots of some 60 (made_traces.py).
+FEW_SINKS = {"sinks": 2, "decay_tokens": 40.0}
+MADE_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *(("kv_slimmer", FEW_SINKS | {"rule": rule, "picks": picks}) for rule, picks in zip(RULES_OF_SLIMMER, PICKS)),
+    ("kv_slimmer", {"sinks": 0, "guard": "none", "clip": 3}),
+    ("kv_slimmer", FEW_SINKS | {"merge": False}),
+    ("kv_slimmer_released", FEW_SINKS),
+    ("asym_kv", FEW_SINKS),
+    ("asym_kv", FEW_SINKS | {"gradient": "surrogate", "picks": "fold"}),
+    ("mean_merge", FEW_SINKS),
+    ("kv_merger", {"sigma": "fixed", "sigma_value": 2.0}),
+    ("kv_merger", {"value_scale": "set_size", "count_bias": False}),
+    ("cam", {"host": "h2o", "targets": 3}),
+    ("cam", {"sinks": 1}),
+    ("d2o", {"sinks": 1}),
+    ("d2o", {"sinks": 0, "weights": "code"}),
+    ("keepkv", {"threshold": 0.3}),
+    ("look_m", {"rule": "weighted"}),
+    ("zsmerge", {"dense": 2}),
+    ("lagkv", {"sinks": 2, "lag": 6}),
+    ("critical_kv", {"base": "h2o"}),
+    ("r_kv", {"window": 4, "kernel": 3, "interval": 5}),
+    ("oracle_mass", {}),
+)
+
+
 def default() -> list[MergePoint]:
     """Every run of the tests."""
     return [*required(), *others()]

@@ -133,12 +133,17 @@ def redundancy(key: np.ndarray, similarity: float) -> np.ndarray:
 
 
 def r_kv(view: View) -> Verdict:
-    """E 3.16: pooled attention of the last queries to the slots before them, less the redundancy of their keys."""
+    """E 3.16: pooled attention of the last queries to the slots before them, less the redundancy of their keys.
+
+    A softmax over these slots alone: the rest's share is taken out, a sink logit's stays (E 1, kernel extras).
+    """
     p, head = view.params, view.head
     past = head.token < view.now - p["window"] + 1
-    weight = view.last_queries(p["window"])[:, :, past]
-    total = weight.sum(axis=2, keepdims=True)
-    importance = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0).mean(axis=1).max(axis=0)
+    weight = view.last_queries(p["window"])
+    total = 1 - weight[:, :, ~past].sum(axis=2, keepdims=True)
+    weight = weight[:, :, past]
+    total = np.where(np.isfinite(view.layer.sink[head.index]), total, weight.sum(axis=2, keepdims=True))
+    importance = np.divide(weight, total, out=np.zeros_like(weight), where=total > 1e-12).mean(axis=1).max(axis=0)
     score = np.zeros(len(head))
     if past.any():
         pooled = _pool(importance, p["kernel"], "max")

@@ -78,8 +78,10 @@ def settle(view: View) -> None:
             view.drop(victims)
             continue
         weight = weights(head.key[slots], pivot, head.multiplicity[slots], p["sigma"], p["sigma_value"])
-        scale = head.multiplicity[slots].sum() if p["value_scale"] == "set_size" else 1
-        head.write(slots[pivot], weight @ head.key[slots], scale * (weight @ head.value[slots]))
+        count = head.multiplicity[slots] if p["value_scale"] == "set_size" else np.ones(len(slots))
+        mean = head.value[slots] / count[:, None]      # slots merged before hold their mean times their count
+        scale = count.sum() if p["value_scale"] == "set_size" else 1
+        head.write(slots[pivot], weight @ head.key[slots], scale * (weight @ mean))
         for victim in victims:
             view.merge(victim, slots[pivot])
     head.keep(np.setdiff1d(np.arange(len(head)), gone))

@@ -154,5 +154,31 @@ TEST(RunId, IgnoresSpellingAndWhatIsNotComputed) {
   EXPECT_EQ(id("policy: h2o\nbudget: 25%\nseries: true\ntiming.repeats: 7\non_invalid: skip\nbackend: cpu\n"), plain);
 }
 
+TEST(Point, ThresholdsAndBudgetsExcludeEachOther) {
+  const Point exact = point_of("policy: kv_merger\nbudget: 50%\n");
+  EXPECT_EQ(value(exact, "policy.threshold"), "exact");
+  const Point threshold = point_of("policy: {name: kv_merger, threshold: 0.75}\n");
+  EXPECT_EQ(value(threshold, "policy.threshold"), "0.75");
+  EXPECT_EQ(
+      error_of("policy: {name: kv_merger, threshold: 0.75}\nbudget: 50%\n"),
+      "c.yaml:3: budget: policy kv_merger decides by a threshold how much stays; drop the budget, or let it be exact");
+  EXPECT_EQ(error_of("policy: {name: kv_merger, threshold: exat}\nbudget: 50%\n"),
+            "c.yaml:2: policy.threshold: expected number in [-1, 1] or exact, got 'exat'; did you mean 'exact'?");
+}
+
+TEST(Point, PresetsKeepTheirName) {
+  const Point released = point_of("policy: kv_slimmer_released\nbudget: 50%\n");
+  EXPECT_EQ(value(released, "policy"), "kv_slimmer_released");
+  for (const auto& [key, expected] : std::vector<std::pair<std::string, std::string>>{{"policy.rule", "released"},
+                                                                                      {"policy.picks", "faithful"},
+                                                                                      {"policy.clip", "5"},
+                                                                                      {"policy.smoothing", "true"},
+                                                                                      {"policy.guard", "none"},
+                                                                                      {"replay.block", "512"},
+                                                                                      {"replay.compress", "prompt"},
+                                                                                      {"replay.positions", "span"}})
+    EXPECT_EQ(value(released, key), expected) << key;
+}
+
 }  // namespace
 }  // namespace kv
