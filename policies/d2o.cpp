@@ -38,8 +38,11 @@ struct D2O : kv::Policy {
   }
   KV_HD void on_selected(auto team, auto& head) const {
     if (!merge) return;
-    const float victims = team.sum(head.size(), [&](int s) { return head.kept(s) ? 0.f : 1.f; });
-    const float mean = team.sum(head.size(), [&](int s) { return head.kept(s) ? 0.f : head.similarity(s); }) / victims;
+    const auto of_victims = [&](auto f) {
+      return team.sum(head.size(), [&](int place) { return head.kept(head.at(place)) ? 0.f : f(head.at(place)); });
+    };
+    const float victims = of_victims([](int) { return 1.f; });
+    const float mean = of_victims([&](int s) { return head.similarity(s); }) / victims;
     team.for_each(1, [&](int) {
       float& threshold = head.shared().threshold;
       const bool known = threshold == threshold;

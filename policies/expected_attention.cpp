@@ -32,7 +32,7 @@ struct ExpectedAttention : kv::Policy {
                     [&](int s) { head.scratch(s).logit = head.token(s) < sinks ? -INFINITY : expected(head, s, g); });
       team.sync();
       const float most = team.max(n, [&](int s) { return head.scratch(s).logit; });
-      const float sum = team.sum(n, [&](int s) { return kv::exp(head.scratch(s).logit - most); });
+      const float sum = team.sum(n, [&](int i) { return kv::exp(head.scratch(head.at(i)).logit - most); });
       team.for_each(n, [&](int s) {
         head.scratch(s).probability += kv::exp(head.scratch(s).logit - most) / sum / static_cast<float>(group);
       });

@@ -33,13 +33,13 @@ struct KVSlimmer : kv::AdjacentLinks {
   KV_HD void on_probe(auto team, auto& head) const {
     AdjacentLinks::on_probe(team, head);
     const auto mass = [&](int s) { return head.place(s) < first_place(head) ? 0.f : head.scratch(s).mass; };
-    const float total = team.sum(head.size(), mass) + 1e-21f;
+    const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place)); }) + 1e-21f;
     team.for_each(head.size(), [&](int s) { head.scratch(s).alpha = mass(s) / total; });
     team.sync();
     float* o = head.value_vector();  // sum alpha v
     team.for_each(head.info().value_dim, [&](int c) {
       o[c] = 0;
-      for (int s = 0; s < head.size(); ++s) o[c] += head.scratch(s).alpha * value(head, s, c);
+      for (int i = 0; i < head.size(); ++i) o[c] += head.scratch(head.at(i)).alpha * value(head, head.at(i), c);
     });
     team.sync();
     const float share = 1 / static_cast<float>(head.block());  // of this block, by its number

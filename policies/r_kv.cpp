@@ -52,7 +52,7 @@ struct RKV : kv::Policy {
     });
     team.sync();
     const float most = team.max(n, [&](int s) { return head.scratch(s).redundancy; });
-    const float total = team.sum(n, [&](int s) { return kv::exp(head.scratch(s).redundancy - most); });
+    const float total = team.sum(n, [&](int i) { return kv::exp(head.scratch(head.at(i)).redundancy - most); });
     team.for_each(n, [&](int s) {
       const float r = kv::exp(head.scratch(s).redundancy - most) / total, weight = static_cast<float>(lambda);
       head.score(s) = head.age(s) < window ? kv::protect : weight * importance(head, s) - (1 - weight) * r;

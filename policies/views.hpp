@@ -106,7 +106,8 @@ struct HostTeam {
   KV_HD void for_each(int n, F f) const {
     for (int i = 0; i < n; ++i) f(i);
   }
-  /// Sum of f(i): 256 strided partial sums, then a tree; the same order on both engines.
+  /// Sum of f(i): 256 strided partial sums, then a tree; the same order on both engines. Sums over slots go by place
+  /// (head.at(i)), since engines may keep slots in different places of memory.
   template <class F>
   KV_HD float sum(int n, F f) const {
     float partial[256] = {};

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from kvreplay.results import FULL, HELD, LEAKS, POLICY, Manifest, format_bytes
+from kvreplay.results import FULL, HELD, LEAK_NOTE, LEAKS, POLICY, Manifest, format_bytes
 from kvreplay.style import NOTE_SIZE, Style, policy_order, policy_style
 
 
@@ -28,6 +30,30 @@ def bytes_axis(axis, low: float, high: float, labels: int) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: format_bytes(v)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
+
+
+def bytes_axes(axes: np.ndarray, of_trace: pd.DataFrame, title: str, labels: int) -> None:
+    """The byte axis of one column of panels; on its top panel the trace's name and shares of the full cache."""
+    full = full_bytes(of_trace)
+    held = of_trace.loc[(of_trace[POLICY] != "full") & (of_trace[HELD] > 0), HELD].astype(float)
+    ends = [v for v in (*held, full) if math.isfinite(v)]
+    low, high = (min(ends) / 1.25, max(ends) * 1.25) if ends else (1.0, 2.0)
+    for ax in axes:
+        bytes_axis(ax.xaxis, low, high, max(2, labels))
+    axes[-1].set_xlabel("mean bytes held")
+    if math.isfinite(full):
+        top = axes[0].twiny()
+        top.grid(False)
+        share_axis(top.xaxis, low / full, high / full, max(2, labels))
+    axes[0].set_title(title, fontsize=plt.rcParams["font.size"], pad=4)
+
+
+def label_mode(ax: Axes, mode: str) -> None:
+    """Names the compress mode at the right of a panel."""
+    ax.annotate(
+        f"compress: {mode}", (1, 0.5), (4, 0), xycoords="axes fraction", textcoords="offset points", rotation=270,
+        va="center", fontsize=plt.rcParams["legend.fontsize"],
+    )  # fmt: skip
 
 
 def share_axis(axis, low: float, high: float, labels: int) -> None:
@@ -137,17 +163,9 @@ def face(rows: pd.DataFrame, look: Style) -> str:
     return "white" if rows[LEAKS].any() else look.color
 
 
-def leaks_handle() -> Line2D:
-    """The legend entry that explains hollow markers."""
-    return Line2D(
-        [],
-        [],
-        color="#555555",
-        linestyle="none",
-        marker="o",
-        markerfacecolor="white",
-        label="hollow: saw the measured queries",
-    )
+def leak_note(rows: pd.DataFrame) -> tuple[str, ...]:
+    """What the provenance line adds when one of the rows leaks: what the dagger behind its name means."""
+    return (LEAK_NOTE,) if rows[LEAKS].any() else ()
 
 
 def lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:

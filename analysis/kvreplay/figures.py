@@ -1,8 +1,11 @@
 """Draws a sweep for a paper: `python -m kvreplay.figures OUT [--venue neurips2024]` fills OUT/figures.
 
-    pareto                error (nmse) against mean held bytes, a panel per trace and compress mode
+    pareto                error (nmse) against mean held bytes, a panel per trace and compress mode; of many lines,
+                          each policy's first variant, all of them in pareto-POLICY
     heatmap-TRACE-MODE    error by layer and query head, a panel per policy at one budget
     tails-TRACE-MODE      p50, p95 and p99 of the relative error, per policy at that budget
+    cost-TRACE-MODE       the policy's own time beside attention's, and its memory, at that budget
+    losses                share of tokens that merges lose, where any does
 
 Each as PDF, PNG (300 dpi) and CSV with the exact numbers. Traces and compress modes are never mixed in a panel.
 """
@@ -16,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 
-from kvreplay import canvas, heatmap, pareto, style, tails
+from kvreplay import canvas, cost, heatmap, losses, pareto, style, tails
 from kvreplay.results import (
     NMSE,
     POLICY,
@@ -46,6 +49,8 @@ def draw(out: str | Path, venue: str = "neurips2024") -> list[Path]:
             if len(at_budget):
                 drawn += heatmap.draw(at_budget, manifest, folder / f"heatmap-{names[trace]}-{mode}")
                 drawn += tails.draw(at_budget, manifest, folder / f"tails-{names[trace]}-{mode}")
+                drawn += cost.draw(at_budget, manifest, folder / f"cost-{names[trace]}-{mode}")
+        drawn += losses.draw(rows, manifest, folder / "losses")
     return drawn
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from kvreplay import canvas
-from kvreplay.results import BUDGET, HELD, MODE, POLICY, TRACE, Manifest, label
+from kvreplay.results import BUDGET, HELD, LEAKS, MODE, POLICY, TRACE, Manifest, label
 
 _ERROR2, _OUTPUT2 = "sums.error2", "sums.output2"
 
@@ -66,8 +66,8 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     bar = fig.colorbar(image, ax=grid, pad=0.01, aspect=30, extend="min" if clipped else "neither")
     bar.set_label(f"relative error at budget {budget}")
     canvas.error_axis(bar.ax.yaxis, pd.Series(seen))
-    note = canvas.note(manifest, [rows[TRACE].iloc[0]], f"compress {mode}", f"asked budget {budget}")
-    canvas.finish(fig, height, [], note)
+    about = (f"compress {mode}", f"asked budget {budget}", *canvas.leak_note(rows))
+    canvas.finish(fig, height, [], canvas.note(manifest, [rows[TRACE].iloc[0]], *about))
     return canvas.save(fig, _numbers(maps), stem)
 
 
@@ -115,7 +115,7 @@ def _numbers(maps: list[_Map]) -> pd.DataFrame:
     found = []
     for one in maps:
         first, ratio = one.rows.iloc[0], one.ratio
-        common = {name: first[name] for name in (TRACE, MODE, POLICY, "variant", BUDGET)}
+        common = {name: first[name] for name in (TRACE, MODE, POLICY, "variant", BUDGET, LEAKS)}
         common[HELD] = one.rows[HELD].astype(float).mean()
         for at in np.ndindex(*ratio.shape):
             sums = {_ERROR2: one.error2[at], _OUTPUT2: one.output2[at], "relative": ratio[at]}

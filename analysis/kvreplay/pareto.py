@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from kvreplay import canvas, style
-from kvreplay.results import BUDGET, FULL, HELD, LEAKS, MODE, NMSE, POLICY, SEED, TRACE, Manifest, label, panels
+from kvreplay.results import (
+    BUDGET,
+    FULL,
+    HELD,
+    LEAKS,
+    MODE,
+    NMSE,
+    POLICY,
+    SEED,
+    TRACE,
+    Manifest,
+    label,
+    over_seeds,
+    panels,
+)
 
 NOISE = "noise_floor.nmse"
-_TRACES_A_FIGURE = 3
+_TRACES_A_FIGURE, _LINES_A_PANEL = 3, 14
 _MODES = {"prompt": 0, "always": 1}
 _COLUMNS = [TRACE, "trace.dataset", MODE, POLICY, "variant", BUDGET, "budget_slots", SEED]
 _COLUMNS += [HELD, FULL, NMSE, NOISE, LEAKS, "run"]
 
 
 def pages(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(file name, rows) of at most three traces each, so that panels stay legible."""
+    """(file name, rows) of at most three traces and fourteen lines each, so that panels stay legible. Of more lines,
+    `pareto` has each policy's first variant, merging and dropping, and `pareto-POLICY` all variants of one policy."""
     traces = list(dict.fromkeys(rows[TRACE]))
     for first in range(0, len(traces), _TRACES_A_FIGURE):
         name = "pareto" if len(traces) <= _TRACES_A_FIGURE else f"pareto-{first // _TRACES_A_FIGURE + 1}"
-        yield name, rows[rows[TRACE].isin(traces[first : first + _TRACES_A_FIGURE])]
+        some = rows[rows[TRACE].isin(traces[first : first + _TRACES_A_FIGURE])]
+        if some.groupby([POLICY, "variant"]).ngroups <= _LINES_A_PANEL:
+            yield name, some
+            continue
+        number, dropped = some["variant_number"], some["variant"].str.contains("dropped")
+        yield name, some[number == number.groupby([some[POLICY], dropped]).transform("min")]
+        for policy in dict.fromkeys(some.loc[number > 0, POLICY]):
+            yield f"{name}-{policy}", some[some[POLICY].isin(["full", policy])]
 
 
 def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
@@ -53,16 +73,16 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
             handles.update(_panel(ax, cells[trace, mode], manifest, lowest))
             if floor and floor.get_linestyle() != "None":
                 ax.axhline(of_trace[NOISE].median(), color=floor.get_color(), linestyle="--", linewidth=0.8)
-        grid[-1, column].set_xlabel("mean bytes held")
-        _bytes_axes(grid[:, column], of_trace, names[trace], int(width / len(traces) / 0.52))
-    _label_rows(grid, modes, manifest)
+        canvas.bytes_axes(grid[:, column], of_trace, names[trace], int(width / len(traces) / 0.52))
+    for line, mode in zip(grid, modes, strict=True):
+        line[0].set_ylabel(manifest.metric_label(NMSE))
+        canvas.label_mode(line[-1], mode)
     canvas.error_axis(grid[0, 0].yaxis, rows.loc[rows[NMSE] >= lowest, NMSE])
     if floor:
         handles["noise"] = floor
-    if rows[LEAKS].any():
-        handles["leaks"] = canvas.leaks_handle()
-    order = [key for key in (*(key for key, _ in canvas.lines(rows)), "full", "noise", "leaks") if key in handles]
-    canvas.finish(fig, height, [handles[key] for key in order], canvas.note(manifest, traces))
+    order = [key for key in (*(key for key, _ in canvas.lines(rows)), "full", "noise") if key in handles]
+    note = canvas.note(manifest, traces, *canvas.leak_note(rows))
+    canvas.finish(fig, height, [handles[key] for key in order], note)
     return canvas.save(fig, rows.reindex(columns=[c for c in _COLUMNS if c in rows]), stem)
 
 
@@ -76,11 +96,13 @@ def _lowest(rows: pd.DataFrame) -> float:
 def _panel(ax: Axes, panel: pd.DataFrame, manifest: Manifest, lowest: float) -> dict[object, Artist]:
     """Draws one trace in one mode; returns legend entries by key, so that equal ones of other panels fall together."""
     handles: dict[object, Artist] = {}
-    for key, same in canvas.lines(panel[panel[POLICY] != "full"]):
-        look = canvas.look_of(same)
+    compressed = panel[panel[POLICY] != "full"]
+    alone = compressed[POLICY].nunique() == 1
+    for key, same in canvas.lines(compressed):
+        look = style.variant_style(same["variant_number"].iloc[0]) if alone else canvas.look_of(same)
         drawn = {"color": look.color, "linestyle": look.dash, "marker": look.marker, "markeredgewidth": 0.8}
         drawn["markerfacecolor"] = canvas.face(same, look)
-        points = _over_seeds(same[(same[NMSE] > 0) & (same[HELD] > 0)])  # a log axis has no place for 0; the CSV has
+        points = over_seeds(same[(same[NMSE] > 0) & (same[HELD] > 0)])  # a log axis has no place for 0; the CSV has
         why = "" if len(points) else " (no error)" if (same[NMSE] == 0).any() else " (undefined)"
         handles[key] = Line2D([], [], **drawn, label=label(same.iloc[0], manifest) + why)
         ax.plot(points["held"], points["error"], **drawn)
@@ -88,13 +110,6 @@ def _panel(ax: Axes, panel: pd.DataFrame, manifest: Manifest, lowest: float) -> 
             ax.fill_between(points["held"], points["low"], points["high"], color=look.color, alpha=0.2, linewidth=0)
     handles["full"] = _full_cache(ax, panel, manifest, lowest)
     return handles
-
-
-def _over_seeds(same: pd.DataFrame) -> pd.DataFrame:
-    """One line per budget: mean held bytes; mean, lowest and highest error."""
-    budgets = same.groupby(BUDGET, sort=False, dropna=False)
-    points = budgets.agg(held=(HELD, "mean"), error=(NMSE, "mean"), low=(NMSE, "min"), high=(NMSE, "max"))
-    return points.sort_values("held")
 
 
 def _full_cache(ax: Axes, panel: pd.DataFrame, manifest: Manifest, lowest: float) -> Line2D:
@@ -119,28 +134,3 @@ def _noise_floor(rows: pd.DataFrame) -> Line2D | None:
     low, high = f"{floors.min():.2g}", f"{floors.max():.2g}"
     text = f"noise floor {low if low == high else f'{low} to {high}'}" + ("" if visible else " (below the axis)")
     return Line2D([], [], color="#555555", linestyle="--" if visible else "none", linewidth=0.8, label=text)
-
-
-def _bytes_axes(axes: np.ndarray, of_trace: pd.DataFrame, title: str, labels: int) -> None:
-    """The byte axis of one column; on its top panel the trace's name and shares of the full cache."""
-    full = canvas.full_bytes(of_trace)
-    held = of_trace.loc[(of_trace[POLICY] != "full") & (of_trace[HELD] > 0), HELD].astype(float)
-    ends = [v for v in (*held, full) if math.isfinite(v)]
-    low, high = (min(ends) / 1.25, max(ends) * 1.25) if ends else (1.0, 2.0)
-    for ax in axes:
-        canvas.bytes_axis(ax.xaxis, low, high, max(2, labels))
-    if math.isfinite(full):
-        top = axes[0].twiny()
-        top.grid(False)
-        canvas.share_axis(top.xaxis, low / full, high / full, max(2, labels))
-    axes[0].set_title(title, fontsize=plt.rcParams["font.size"], pad=4)
-
-
-def _label_rows(grid: np.ndarray, modes: list[str], manifest: Manifest) -> None:
-    """The error at the left of every row, its compress mode at the right."""
-    for line, mode in zip(grid, modes, strict=True):
-        line[0].set_ylabel(manifest.metric_label(NMSE))
-        line[-1].annotate(
-            f"compress: {mode}", (1, 0.5), (4, 0), xycoords="axes fraction", textcoords="offset points", rotation=270,
-            va="center", fontsize=plt.rcParams["legend.fontsize"],
-        )  # fmt: skip

@@ -22,6 +22,10 @@ TRACE, MODE, POLICY, BUDGET = "trace", "replay.compress", "policy", "budget"
 NMSE, LEAKS, SEED = "nmse", "leaks", "seed"
 HELD, FULL = "bytes.cache_mean", "bytes.full_mean"  # of this cache and of the full one, over the same measured steps
 
+LEAK_NOTE = "† leaks: the policy saw the measured queries"
+# What a policy itself does; the other phases, append and attend, every cache needs.
+OWN_PHASES = ("observe", "score", "select", "compact")
+
 # What identifies a point besides trace, compress mode, policy, budget and seed: rows that differ here are never joined.
 _IDENTITY = ("policy.", "replay.", "protect.", "allocation")
 _STDOUT = Path("-")
@@ -45,6 +49,11 @@ class Manifest:
     def metric_label(self, metric: str) -> str:
         """The metric's axis label, else its name."""
         return self._entry("metrics", metric).get("label") or metric
+
+    def prompt_share(self, trace: str) -> float:
+        """The part of the trace's tokens that is its prompt; NaN = unknown."""
+        entry = self._entry("traces", trace)
+        return entry["prompt_tokens"] / entry["tokens"] if entry else math.nan
 
     @property
     def git_sha(self) -> str:
@@ -139,21 +148,45 @@ def add_variants(rows: pd.DataFrame) -> pd.DataFrame:
     """A copy with a column `variant`: what tells lines of one policy apart ("window 16, kernel 5"), "" where nothing
     does; and `variant_number`, which counts them from 0 in the order of the file.
 
-    A parameter is named when it takes more than one value among the rows of the policy that share a trace and mode.
+    A parameter is named when it takes more than one value among the rows of the policy that share a trace, mode and
+    budget; parameters that change with the budget alone stay on one line, which says "by budget". Controls that drop
+    what they could merge are "dropped", AsymKV without recorded gradients has a "surrogate gradient", always.
     """
     rows = rows.copy()
     rows["variant"], rows["variant_number"] = "", 0
     columns = identity_columns(rows)
     for _, same in rows.groupby(POLICY, sort=False):
-        varying = [
-            c
-            for c in columns
-            if any(panel[c].map(_canonical).nunique() > 1 for _, panel in same.groupby([TRACE, MODE], sort=False))
-        ]
+        named = [c for c in columns if _varies(same, c, [TRACE, MODE, BUDGET])]
+        zipped = [_short(c) for c in columns if c not in named and _varies(same, c, [TRACE, MODE])]
+        last = [f"{', '.join(zipped)} by budget"] if zipped else []
         for at, row in same.iterrows():
-            rows.at[at, "variant"] = ", ".join(f"{_short(c)} {_canonical(row[c])}" for c in varying)
+            phrases = [_phrase(c, row[c], c in named) for c in columns]
+            rows.at[at, "variant"] = ", ".join([p for p in phrases if p] + last)
         rows.loc[same.index, "variant_number"] = pd.factorize(rows.loc[same.index, "variant"])[0]
     return rows
+
+
+def _varies(same: pd.DataFrame, column: str, within: list[str]) -> bool:
+    """Whether rows of one policy that agree in `within` differ in `column`."""
+    groups = same.groupby(within, sort=False, dropna=False)
+    return any(group[column].map(_canonical).nunique() > 1 for _, group in groups)
+
+
+def _phrase(column: str, value: object, varies: bool) -> str:
+    """What a variant's name says of one parameter."""
+    if column == "policy.merge":
+        return "dropped" if _canonical(value) == "no" else ""
+    if column == "policy.gradient" and value == "surrogate":
+        return "surrogate gradient"
+    return f"{_short(column)} {_canonical(value)}" if varies else ""
+
+
+def over_seeds(same: pd.DataFrame) -> pd.DataFrame:
+    """One line per budget of a policy and variant, by mean held bytes: `held`, and `error`, the mean nmse, with the
+    `low`est and `high`est."""
+    budgets = same.groupby(BUDGET, sort=False, dropna=False)
+    points = budgets.agg(held=(HELD, "mean"), error=(NMSE, "mean"), low=(NMSE, "min"), high=(NMSE, "max"))
+    return points.sort_values("held")
 
 
 def common_budget(panel: pd.DataFrame) -> pd.DataFrame:
@@ -192,33 +225,33 @@ def format_bytes(count: float) -> str:
 
 
 def table(rows: pd.DataFrame, manifest: Manifest) -> str:
-    """Policy, budget, nmse, rel_l2 p99, held bytes and seconds of every row; a block for each trace and mode."""
+    """Policy, budget, nmse, rel_l2 p99, held bytes and the policy's own time (of the whole prompt and of a decode step)
+    and working memory, of every row; a block for each trace and mode."""
     blocks = []
     for trace, mode, panel in panels(add_variants(rows)):
         panel = panel.assign(_order=panel[BUDGET].map(budget_key))
-        lines = [("policy", "budget", "nmse", "rel_l2 p99", "held", "of full cache", "time", "")]
+        lines = [("policy", "budget", "nmse", "rel_l2 p99", "held", "of full", "prompt", "step", "memory", "")]
         lines += [_cells(row, manifest) for _, row in panel.sort_values([POLICY, "variant", "_order"]).iterrows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        aligned = [
-            "  ".join((name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True)), note))
-            for name, *cells, note in lines
-        ]
-        blocks.append("\n".join([f"{trace}, compress {mode}", *(line.rstrip() for line in aligned)]))
-    return "\n\n".join(blocks)
+        blocks.append("\n".join([f"{trace}, compress {mode}", *align(lines)]))
+    blocks.append("prompt, step, memory: the policy's own time in the prompt and in a decode step, its working memory")
+    return "\n\n".join(blocks) + (f"\n{LEAK_NOTE}" if rows[LEAKS].any() else "")
+
+
+def align(lines: list[tuple[str, ...]]) -> list[str]:
+    """Lines of cells in columns, the first and the last flush left, those between flush right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return [
+        "  ".join((name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True)), last)).rstrip()
+        for name, *cells, last in lines
+    ]
 
 
 def _cells(row: pd.Series, manifest: Manifest) -> tuple[str, ...]:
     """One line of the table; the last cell warns."""
     held, full = _number(row, HELD), _number(row, FULL)
-    notes = [
-        text
-        for flag, text in (
-            (row[LEAKS], "leaks"),
-            (row.get("acted") is False and row[POLICY] != "full", "never acted"),
-            (row.get("nmse.early_heavy") is True, "worst in the early layers"),
-        )
-        if flag
-    ]
+    never_acted = row.get("acted") is False and row[POLICY] != "full"
+    notes = ["never acted"] if never_acted else []
+    notes += ["worst in the early layers"] if row.get("nmse.early_heavy") is True else []
     return (
         label(row, manifest),
         _text(row[BUDGET]) if row[POLICY] != "full" else "-",
@@ -226,7 +259,9 @@ def _cells(row: pd.Series, manifest: Manifest) -> tuple[str, ...]:
         _digits(_number(row, "rel_l2.p99")),
         format_bytes(held),
         f"{100 * held / full:.1f}%" if full and math.isfinite(held / full) else "-",
-        _seconds(_number(row, "seconds")),
+        _duration(sum(_number(row, f"us.prompt.{phase}") for phase in OWN_PHASES)),
+        _duration(sum(_number(row, f"us.{phase}.p50") for phase in OWN_PHASES)),
+        format_bytes(_number(row, "memory.workspace_bytes")),
         ", ".join(notes),
     )
 
@@ -237,9 +272,9 @@ def to_csv(rows: pd.DataFrame) -> str:
 
 
 def label(row: pd.Series, manifest: Manifest) -> str:
-    """The policy's title, with its variant in brackets."""
+    """The policy's title, with its variant in brackets and a dagger (LEAK_NOTE) when it leaks."""
     title = manifest.title(row[POLICY])
-    return f"{title} ({row['variant']})" if row["variant"] else title
+    return f"{title}{' (' + row['variant'] + ')' if row['variant'] else ''}{' †' if row[LEAKS] else ''}"
 
 
 def _short(column: str) -> str:
@@ -270,8 +305,11 @@ def _digits(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-def _seconds(value: float) -> str:
-    return "-" if not math.isfinite(value) else f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
+def _duration(us: float) -> str:
+    for power, unit in ((6, "s"), (3, "ms")):
+        if us >= 0.1 * 10.0**power:
+            return f"{us / 10.0**power:.3g} {unit}"
+    return f"{us:.3g} us" if math.isfinite(us) else "-"
 
 
 def main(arguments: list[str] | None = None) -> int:

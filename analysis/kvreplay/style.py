@@ -71,6 +71,15 @@ _OTHERS = [
     for color in ("#EE3377", "#8C510A", "#AA4499", "#117733", "#6699CC", "#661100")
     for marker, dash in zip("osD^vPXdp<>h", (SOLID, DASH, LONG, DASHDOT) * 3, strict=True)
 ]
+_VARIANTS = [
+    Style(color, marker, dash)
+    for color, marker, dash in zip(
+        (_BLUE, _RED, _GREEN, _ORANGE, _PINK, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL, _BLACK, _GREY),
+        "osD^vPXdp<>h",
+        (SOLID, DASH, LONG, DASHDOT) * 3,
+        strict=True,
+    )
+]
 _VARIANT_DASHES = (SOLID, DASH, DOT, DASHDOT, LONG)
 
 NOTE_SIZE = 5.5  # points, of the footer
@@ -88,6 +97,11 @@ def policy_style(name: str, variant: int = 0) -> Style:
     mixed = tuple(round(255 * (c + (1 - c) * lighter * 0.8)) for c in to_rgb(style.color))
     dashes = [d for d in _VARIANT_DASHES if d != style.dash]
     return Style("#{:02x}{:02x}{:02x}".format(*mixed), style.marker, dashes[(variant - 1) % len(dashes)])
+
+
+def variant_style(variant: int) -> Style:
+    """The look of variant `variant` in a figure that shows one policy alone, whose colour then says nothing."""
+    return _VARIANTS[variant % len(_VARIANTS)]
 
 
 def policy_order(name: str) -> tuple[int, str]:

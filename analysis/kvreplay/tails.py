@@ -40,8 +40,8 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     ax.set_xlabel(f"relative error of one query and head, at budget {budget}")
     size = plt.rcParams["legend.fontsize"]
     ax.annotate("held", (1, 1), (4, 2), xycoords="axes fraction", textcoords="offset points", fontsize=size)
-    note = canvas.note(manifest, [rows[TRACE].iloc[0]], f"compress {mode}", f"asked budget {budget}")
-    canvas.finish(fig, height, _legend(manifest, bool(rows[LEAKS].any())), note)
+    about = (f"compress {mode}", f"asked budget {budget}", *canvas.leak_note(rows))
+    canvas.finish(fig, height, _legend(manifest), canvas.note(manifest, [rows[TRACE].iloc[0]], *about))
     return canvas.save(fig, rows.reindex(columns=[c for c in _COLUMNS if c in rows]), stem)
 
 
@@ -59,13 +59,12 @@ def _line(ax: Axes, y: int, same: pd.DataFrame, least: float) -> None:
     ax.annotate(canvas.held(same), (1, y), (4, 0), fontsize=plt.rcParams["legend.fontsize"], **where)
 
 
-def _legend(manifest: Manifest, leaks: bool) -> list[Artist]:
+def _legend(manifest: Manifest) -> list[Artist]:
     grey = {"color": "#555555", "linestyle": "none"}
     black = {"color": "black", "linestyle": "none"}
-    handles = [
+    return [
         Line2D([], [], marker="o", markersize=3.2, label="p50", **grey),
         Line2D([], [], marker="|", markersize=7, markeredgewidth=1.6, label="p95", **grey),
         Line2D([], [], marker="s", markersize=5, label="p99 (policy's marker)", **grey),
         Line2D([], [], marker="d", markersize=3, label=manifest.metric_label(NMSE), **black),
     ]
-    return handles + ([canvas.leaks_handle()] if leaks else [])

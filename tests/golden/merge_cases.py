@@ -1,8 +1,8 @@
-"""The golden values of the link policies as replay cases (merge_tables.json, never edited by hand; K = its kv_slimmer).
+"""The golden values of the link policies as replay cases (K = kv_slimmer in merge_tables.json, not edited by hand).
 
-One list serves the oracle (test_oracle_merges_golden.py) and the program (test_engine_merge_golden.py). What a fold left
-in the cache shows in the output of a later query. Where a page gives no number, the expected output is computed here
-from its numbers by the plain formulas below, never by the oracle.
+One list serves the oracle (test_oracle_merges_golden.py) and the program (test_engine_merge_golden.py). What a fold
+left in the cache shows in the output of a later query. Where a page gives no number, the expected output is computed
+here from its numbers by the plain formulas below, never by the oracle.
 """
 from __future__ import annotations
 
@@ -132,12 +132,13 @@ def tests_a() -> Iterator[MergeCase]:
             for guard in ("none", "clamp"):
                 params = SLIMMER | {"rule": rule, "picks": picks, "guard": guard}
                 yield chunk_case(f"A_{rule}_{picks}_{guard}", "kv_slimmer", params, got["paper"], kept, counts)
-        yield chunk_case(f"A_mean_{picks}", "mean_merge", SLIMMER | {"picks": picks}, merged_chunk(2, mix([1, 1], pair)),
-                         kept, counts)
+        mean = merged_chunk(2, mix([1, 1], pair))
+        yield chunk_case(f"A_mean_{picks}", "mean_merge", SLIMMER | {"picks": picks}, mean, kept, counts)
     yield chunk_case("A_preset", "kv_slimmer_released", SLIMMER, got["code"], kept, counts)
     by_mass = merged_chunk(2, mix(table["mass"][1:3], pair))
     for rule in ("released", "paper", "consistent"):
-        yield chunk_case(f"A_fold_{rule}", "kv_slimmer", SLIMMER | {"rule": rule, "picks": "fold"}, by_mass, kept, counts)
+        params = SLIMMER | {"rule": rule, "picks": "fold"}
+        yield chunk_case(f"A_fold_{rule}", "kv_slimmer", params, by_mass, kept, counts)
     squared = np.array(table["gradient"])[2:4] ** 2
     by_gradient = (squared * pair).sum(axis=0) / squared.sum(axis=0)
     yield chunk_case("A_fold_asym", "asym_kv", SLIMMER | {"picks": "fold"}, merged_chunk(2, by_gradient), kept, counts)
@@ -184,8 +185,8 @@ def tests_b() -> Iterator[MergeCase]:
     yield chunk_case("B_asym", "asym_kv", SLIMMER, got["asym"], kept, counts, "B")
     for rule in ("paper", "consistent"):
         yield chunk_case(f"B_{rule}", "kv_slimmer", SLIMMER | {"rule": rule}, got["paper"], kept, counts, "B")
-    left = K["inputs"]["past_k"][1]
-    yield chunk_case("B_clamped", "kv_slimmer", CODE | {"guard": "clamp"}, merged_chunk(1, left, "B"), kept, counts, "B")
+    left = merged_chunk(1, K["inputs"]["past_k"][1], "B")
+    yield chunk_case("B_clamped", "kv_slimmer", CODE | {"guard": "clamp"}, left, kept, counts, "B")
     key = mix(table["mass"][:2], K["inputs"]["past_k"][1:3])
     yield chunk_case("B_fold", "kv_slimmer", SLIMMER | {"picks": "fold"}, merged_chunk(1, key, "B"), kept, counts, "B")
     past = {x: [row for i, row in enumerate(K["inputs"][f"past_{x}"]) if i != 2] for x in "kv"}
@@ -198,7 +199,8 @@ def tests_b() -> Iterator[MergeCase]:
 def long_inputs() -> list[np.ndarray]:
     """K 9.4 in blocks of five: two real tokens, then three that no real query sees and that see the sink alone.
 
-    Channel 2 belongs to the fillers' queries and the sink, channel 3 to the fillers' keys; the scale 1/sqrt(4) is undone.
+    Channel 2 belongs to the fillers' queries and the sink, channel 3 to the fillers' keys; the queries make up for the
+    scale of 1/sqrt(4).
     """
     root = math.sqrt(2)
     real = {x: K["inputs"][f"chunk_{x}"] + K["inputs"][f"next_{x}"] for x in "qkv"}

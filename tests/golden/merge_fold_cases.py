@@ -67,7 +67,8 @@ def kv_merger_sets() -> Iterator[MergeCase]:
     """M 2.10: the sets of other thresholds, budgets and protections."""
     free, table = {"recent": 0.0, "heavy": 0.0}, TABLES["kv_merger"]
     heavy_2 = np.vstack([QUERY[:2], 30 * KEY[2:3], [[0.3, 1.9]], [[0.3, 1.9]]])     # slot 2 gathers the most
-    cases = (("eps0.99", None, {"threshold": 0.99}, QUERY), ("eps0.75_recent2", None, {"threshold": 0.75, "recent": 0.4}, QUERY),
+    cases = (("eps0.99", None, {"threshold": 0.99}, QUERY),
+             ("eps0.75_recent2", None, {"threshold": 0.75, "recent": 0.4}, QUERY),
              ("exact_t4", 4, {}, QUERY), ("exact_t3", 3, {}, QUERY),
              ("eps0.75_protect2", None, {"threshold": 0.75, "heavy": 0.2}, heavy_2))
     for name, budget, params, query in cases:
@@ -95,8 +96,9 @@ def cam() -> Iterator[MergeCase]:
         for gate, part in (("expected", chance), ("threshold", float(name == "high"))):
             value = VALUE.copy()
             value[2:4] += part / 2 * VALUE[1]
-            yield from case(f"C2_{name}_{gate}", "cam", 4, base | {"gate": gate}, attend(QUERY[4], KEY[kept], value[kept]),
-                            kept, counts if part else [1, 1, 1, 1], prompt=4, replay=ALWAYS, query=query)
+            got = attend(QUERY[4], KEY[kept], value[kept])
+            yield from case(f"C2_{name}_{gate}", "cam", 4, base | {"gate": gate}, got, kept,
+                            counts if part else [1, 1, 1, 1], prompt=4, replay=ALWAYS, query=query)
 
 
 def d2o() -> Iterator[MergeCase]:
@@ -107,13 +109,15 @@ def d2o() -> Iterator[MergeCase]:
         first, second = table[name]
         for step, tokens, kept, counts in ((first, 5, [0, 1, 4], [1, 2, 1]), (second, 6, [0, 1, 5], [1, 2, 1])):
             inputs = [stack(x, [more[k]])[:, :, :tokens] for x, k in ((QUERY, "q"), (KEY, "k"), (VALUE, "v"))]
-            settings = {"prompt": 5, "policy": "d2o", "budget": 3, "params": base | {"weights": weights}, "replay": ALWAYS}
+            settings = {"prompt": 5, "policy": "d2o", "budget": 3, "params": base | {"weights": weights},
+                        "replay": ALWAYS}
             assert step["keep_ids"] == kept
             yield MergeCase(f"D2O_{weights}_{tokens}", *inputs, kept=kept, multiplicity=counts, counts={"merges": 1},
                             **settings)
             full = attend(QUERY[4], inputs[1][0, 0], inputs[2][0, 0])
             got = attend(QUERY[4], np.array(step["K"])[:3], np.array(step["V"])[:3])
-            inputs = [np.append(x, np.reshape(y, (1, 1, 1, 2)), axis=2) for x, y in zip(inputs, (QUERY[4], FAR, [9, 9]))]
+            sixth = [np.reshape(x, (1, 1, 1, 2)) for x in (QUERY[4], FAR, [9.0, 9.0])]
+            inputs = [np.append(x, y, axis=2) for x, y in zip(inputs, sixth)]
             yield MergeCase(f"D2O_{weights}_{tokens}_values", *inputs, **settings,
                             distance={(0, tokens): float(np.linalg.norm(got - full))})
     key = KEY.copy()
@@ -122,10 +126,10 @@ def d2o() -> Iterator[MergeCase]:
     for weights, weight in (("code", np.array([1, like, like]) / 3),
                             ("softmax", np.exp([1, like, like]) / np.exp([1, like, like]).sum())):
         rows = [np.array([x[0], weight @ x[1:4], x[4]]) for x in (key, VALUE)]
-        yield from case(f"D2O_both_{weights}", "d2o", 3, base | {"weights": weights}, attend(QUERY[4], *rows), [0, 1, 4],
-                        [1, 3, 1], key=key, counts={"merges": 2})
-    yield from case("D2O_dropped", "d2o", 3, base | {"merge": False}, attend(QUERY[4], KEY[[0, 1, 4]], VALUE[[0, 1, 4]]),
-                    [0, 1, 4], [1, 1, 1], counts={"merges": 0})
+        yield from case(f"D2O_both_{weights}", "d2o", 3, base | {"weights": weights}, attend(QUERY[4], *rows),
+                        [0, 1, 4], [1, 3, 1], key=key, counts={"merges": 2})
+    gone = attend(QUERY[4], KEY[[0, 1, 4]], VALUE[[0, 1, 4]])
+    yield from case("D2O_dropped", "d2o", 3, base | {"merge": False}, gone, [0, 1, 4], [1, 1, 1], counts={"merges": 0})
 
 
 def keepkv() -> Iterator[MergeCase]:
@@ -141,9 +145,10 @@ def keepkv() -> Iterator[MergeCase]:
     query = np.vstack([QUERY[:4], [[0.0, 0.0]]])         # no logit to stretch to: convex key, votes still count
     rows = [np.array([x[0], (x[1] + x[2]) / 2, x[3], x[4]]) for x in (KEY, VALUE)]
     wide = np.vstack([KEY, [[0.0, 50.0]]])
-    yield MergeCase("KeepKV_convex", stack(query, [[0.0, -20.0]]), stack(wide), stack(VALUE, [[9.0, 9.0]]), 5, "keepkv", 4,
-                    {}, ONCE, distance={(0, 5): float(np.linalg.norm(
-                        attend([0.0, -20.0], rows[0], rows[1], [1, 2, 1, 1]) - attend([0.0, -20.0], KEY, VALUE)))})
+    last = [0.0, -20.0]
+    far = float(np.linalg.norm(attend(last, *rows, [1, 2, 1, 1]) - attend(last, KEY, VALUE)))
+    yield MergeCase("KeepKV_convex", stack(query, [last]), stack(wide), stack(VALUE, [[9.0, 9.0]]), 5, "keepkv", 4, {},
+                    ONCE, distance={(0, 5): far})
 
 
 def look_m() -> Iterator[MergeCase]:
@@ -153,8 +158,8 @@ def look_m() -> Iterator[MergeCase]:
     rules = {"average": [1, 1, 1], "weighted": [1, *like], "pivot": [2, 0.5, 0.5]}
     for rule, weight in rules.items():
         rows = [np.array([x[0], np.array(weight) @ x[1:4] / 3, x[4]]) for x in (KEY, VALUE)]
-        yield from case(f"LookM_{rule}", "look_m", 3, {"recent": 0.34, "rule": rule}, attend(QUERY[4], *rows), [0, 1, 4],
-                        [1, 3, 1])
+        yield from case(f"LookM_{rule}", "look_m", 3, {"recent": 0.34, "rule": rule}, attend(QUERY[4], *rows),
+                        [0, 1, 4], [1, 3, 1])
     yield from case("LookM_dropped", "look_m", 3, {"recent": 0.34, "merge": False},
                     attend(QUERY[4], KEY[[0, 1, 4]], VALUE[[0, 1, 4]]), [0, 1, 4], [1, 1, 1])
 
@@ -217,16 +222,17 @@ def scorers() -> Iterator[MergeCase]:
         yield MergeCase(f"critical_{part}", *five, 5, "critical_kv", 3, {"base": "h2o", "share": part}, ONCE, wo=wo,
                         kept=kept)
     last = np.exp(KEY @ QUERY[4] / math.sqrt(2))
-    yield MergeCase("oracle", *five, 4, "oracle_mass", 3, {}, ONCE, kept=sorted([*np.argsort(-last[:4])[:3].tolist(), 4]),
-                    leaks=True)
+    kept = sorted([*np.argsort(-last[:4])[:3].tolist(), 4])
+    yield MergeCase("oracle", *five, 4, "oracle_mass", 3, {}, ONCE, kept=kept, leaks=True)
     for covariance in (True, False):
         query = QUERY[1:]
         logit = KEY @ query.mean(axis=0) / math.sqrt(2)
         if covariance:
             logit = logit + np.einsum("jc,cd,jd->j", KEY, np.cov(query.T, bias=True), KEY) / 4
         score = np.exp(logit[1:]) / np.exp(logit[1:]).sum() * np.linalg.norm(VALUE[1:], axis=1)
-        yield MergeCase(f"expected_{covariance}", *five, 5, "expected_attention", 3, {"sinks": 1, "covariance": covariance},
-                        ONCE, kept=sorted([0, *(1 + np.argsort(-score)[:2]).tolist()]))
+        kept = sorted([0, *(1 + np.argsort(-score)[:2]).tolist()])
+        yield MergeCase(f"expected_{covariance}", *five, 5, "expected_attention", 3,
+                        {"sinks": 1, "covariance": covariance}, ONCE, kept=kept)
 
 
 FOLD_CASES = [case for table in (kv_merger, kv_merger_sets, cam, d2o, keepkv, look_m, zsmerge, shares, scorers)

@@ -1,7 +1,7 @@
 """The points on which program and oracle are compared for the merging policies and what came with them.
 
-`default()` is what every run of the tests covers, `full()` adds the rest of the product. kv_slimmer's block is 128 here:
-with the published 512 the prompt of 768 tokens would be compressed once.
+`default()` is what every run of the tests covers, `full()` adds the rest of the product. kv_slimmer's block is 128
+here: with the published 512 the prompt of 768 tokens would be compressed once.
 """
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def others() -> Iterator[MergePoint]:
     yield point(1, "mean_merge", "12.5%", {"picks": "fold"}, **small)
     yield point(1, "weighted_kv", "25%", {"merge": False}, block=64)
     yield point(0, "kv_merger", None, PRINTED)
-    yield point(1, "kv_merger", None, PRINTED | {"sigma": "literal"}, block=256)
+    yield point(1, "kv_merger", None, PRINTED | {"sigma": "literal"})
+    yield point(0, "kv_merger", None, PRINTED, block=256)
     yield point(1, "kv_merger", "25%", {"sigma": "fixed", "count_bias": False}, **small)
     yield point(0, "kv_merger", "12.5%", {"merge": False})
     yield point(0, "cam", "25%", {"host": "h2o"})

@@ -13,7 +13,7 @@ import numpy as np
 
 from oracle_trace import Rope, Trace, round_to
 
-SIDES = np.array([1 - 5e-7, 1.0, 1 + 5e-7])      # some four units in the last place of fp32
+SIDES = np.array([1 - 2.5e-7, 1.0, 1 + 2.5e-7])      # two units in the last place of fp32
 
 
 @dataclass(frozen=True)

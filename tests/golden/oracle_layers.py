@@ -18,8 +18,8 @@ from oracle_trace import Trace
 class Rule:
     """How a policy acts. Exactly one of `judge`, `links` and `settle` is given.
 
-    `judge` scores the slots of a head; the victims are folded by `fold` if the policy merges. `links` compresses a whole
-    layer before a block comes, `settle` a whole head after it.
+    `judge` scores the slots of a head; the victims are folded by `fold` if the policy merges. `links` compresses a
+    whole layer before a block comes, `settle` a whole head after it.
     """
 
     defaults: dict[str, Any]

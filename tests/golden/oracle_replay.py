@@ -120,8 +120,8 @@ class Run:
         of = {name: [[getattr(head, name) for head in layer] for layer in heads]
               for name in ("token", "multiplicity", "value", "mass", "key")}
         return MergeResult(
-            self.reference.token, self.error2, self.output2, rel_l2, self.lost, np.array(self.held), np.array(self.held_after),
-            of["token"], of["multiplicity"], of["value"], of["mass"],
+            self.reference.token, self.error2, self.output2, rel_l2, self.lost, np.array(self.held),
+            np.array(self.held_after), of["token"], of["multiplicity"], of["value"], of["mass"],
             gaps.reshape(*gaps.shape[:2], count).transpose(2, 0, 1), of["key"],
             sum((layer.counts for layer in self.layers), Counter()),
             np.array([[head.near_roundings for head in layer] for layer in heads]))

@@ -1,0 +1,67 @@
+"""Figure 5: tokens that a policy meant to merge and lost, because their target went as well."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from kvreplay import canvas
+from kvreplay.results import BUDGET, FULL, HELD, LEAKS, MODE, POLICY, SEED, TRACE, Manifest, label, panels
+
+LOST = "count.lost_in_folds"
+_SLOTS, _GONE = "multiplicity.slots", ["count.evictions", "count.merges"]
+_COLUMNS = [TRACE, MODE, POLICY, "variant", BUDGET, SEED, HELD, FULL, "lost_share", LOST, "count.lost_by_clip"]
+_COLUMNS += [*_GONE, LEAKS, "run"]
+
+
+def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
+    """Share of tokens lost in merges against mean held bytes, a column per trace and a row per compress mode. Writes
+    the files, returns their paths; none when nothing was lost."""
+    if not {LOST, _SLOTS, *_GONE} <= set(rows) or not (rows[LOST] > 0).any():
+        return []
+    rows = rows[rows["count.merges"] > 0].assign(lost_share=lambda merging: lost_share(merging, manifest))
+    cells = {(trace, mode): panel for trace, mode, panel in panels(rows) if (panel[LOST] > 0).any()}
+    traces, modes = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
+    width, height = plt.rcParams["figure.figsize"][0], 1.6 * len(modes) + 0.6
+    fig, grid = plt.subplots(
+        len(modes), len(traces), squeeze=False, sharex="col", sharey=True, layout="constrained", figsize=(width, height)
+    )
+    names, handles = canvas.trace_names(traces), {}
+    for (trace, mode), panel in cells.items():
+        ax = grid[modes.index(mode), traces.index(trace)]
+        for key, same in canvas.lines(panel):
+            if (same[LOST] > 0).any():
+                handles[key] = _line(ax, same, manifest)
+    for column, trace in enumerate(traces):
+        canvas.bytes_axes(grid[:, column], rows[rows[TRACE] == trace], names[trace], int(width / len(traces) / 0.52))
+    for line, mode in zip(grid, modes, strict=True):
+        line[0].set_ylabel(f"{'prompt tokens' if mode == 'prompt' else 'tokens'} lost")
+        canvas.label_mode(line[-1], mode)
+    grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, 0))
+    grid[0, 0].set_ylim(0, 1)
+    others = rows.groupby([POLICY, "variant"]).ngroups - len(handles)
+    note = canvas.note(manifest, traces, f"{others} other merging lines lose nothing", *canvas.leak_note(rows))
+    canvas.finish(fig, height, [handles[key] for key, _ in canvas.lines(rows) if key in handles], note)
+    return canvas.save(fig, rows.reindex(columns=[c for c in _COLUMNS if c in rows]), stem)
+
+
+def lost_share(rows: pd.DataFrame, manifest: Manifest) -> pd.Series:
+    """Lost tokens over those that could be compressed: the prompt's where decode is not, all where it is. Every token of
+    a KV head has gone, was merged, or is a slot."""
+    tokens = rows[_GONE].sum(axis=1) + rows[_SLOTS].map(sum)
+    of_prompt = [manifest.prompt_share(trace) if mode == "prompt" else 1.0 for trace, mode in rows[[TRACE, MODE]].values]
+    return rows[LOST] / (tokens * of_prompt)
+
+
+def _line(ax, same: pd.DataFrame, manifest: Manifest) -> Artist:
+    """Draws one policy and variant, means over seeds; returns its legend entry."""
+    look = canvas.look_of(same)
+    points = same.groupby(BUDGET, sort=False)[[HELD, "lost_share"]].mean().sort_values(HELD)
+    drawn = {"color": look.color, "linestyle": look.dash, "marker": look.marker}
+    ax.plot(points[HELD], points["lost_share"], **drawn)
+    return Line2D([], [], **drawn, label=label(same.iloc[0], manifest))
