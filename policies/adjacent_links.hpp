@@ -37,6 +37,7 @@ struct AdjacentLinks : Policy {
   KV_HD int first_place(auto& head) const { return sinks < head.budget() ? sinks : head.budget() - 1; }
   KV_HD void on_probe(auto team, auto& head) const {
     team.for_each(head.size(), [&](int s) { head.scratch(s).mass = head.seen(s).mean(); });
+    team.sync();
   }
   KV_HD float score_in(auto& head, int slot) const {
     const int place = head.place(slot) - first_place(head), next = head.next(slot);

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
@@ -17,6 +18,7 @@ LOST = "count.lost_in_folds"
 _SLOTS, _GONE = "multiplicity.slots", ["count.evictions", "count.merges"]
 _COLUMNS = [TRACE, MODE, POLICY, "variant", BUDGET, SEED, HELD, FULL, "lost_share", LOST, "count.lost_by_clip"]
 _COLUMNS += [*_GONE, LEAKS, "run"]
+_NOTHING = {"color": "#777777", "linestyle": ":", "marker": "|"}  # the look of lines that lose nothing
 
 
 def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
@@ -37,16 +39,19 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
         for key, same in canvas.lines(panel):
             if (same[LOST] > 0).any():
                 handles[key] = _line(ax, same, manifest)
+            else:
+                ax.plot(same[HELD], same["lost_share"], **_NOTHING)
     for column, trace in enumerate(traces):
         canvas.bytes_axes(grid[:, column], rows[rows[TRACE] == trace], names[trace], int(width / len(traces) / 0.52))
     for line, mode in zip(grid, modes, strict=True):
         line[0].set_ylabel(f"{'prompt tokens' if mode == 'prompt' else 'tokens'} lost")
         canvas.label_mode(line[-1], mode)
     grid[0, 0].yaxis.set_major_formatter(PercentFormatter(1, 0))
-    grid[0, 0].set_ylim(0, 1)
-    others = rows.groupby([POLICY, "variant"]).ngroups - len(handles)
-    note = canvas.note(manifest, traces, f"{others} other merging lines lose nothing", *canvas.leak_note(rows))
-    canvas.finish(fig, height, [handles[key] for key, _ in canvas.lines(rows) if key in handles], note)
+    grid[0, 0].set_ylim(-0.02, 1)
+    shown = [handles[key] for key, _ in canvas.lines(rows) if key in handles]
+    others = rows.groupby([POLICY, "variant"]).ngroups - len(shown)
+    shown += [Line2D([], [], **_NOTHING, label=f"{others} other merging lines")] if others else []
+    canvas.finish(fig, height, shown, canvas.note(manifest, traces, *canvas.leak_note(rows)))
     return canvas.save(fig, rows.reindex(columns=[c for c in _COLUMNS if c in rows]), stem)
 
 
@@ -58,7 +63,7 @@ def lost_share(rows: pd.DataFrame, manifest: Manifest) -> pd.Series:
     return rows[LOST] / (tokens * of_prompt)
 
 
-def _line(ax, same: pd.DataFrame, manifest: Manifest) -> Artist:
+def _line(ax: Axes, same: pd.DataFrame, manifest: Manifest) -> Artist:
     """Draws one policy and variant, means over seeds; returns its legend entry."""
     look = canvas.look_of(same)
     points = same.groupby(BUDGET, sort=False)[[HELD, "lost_share"]].mean().sort_values(HELD)

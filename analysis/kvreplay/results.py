@@ -28,6 +28,7 @@ OWN_PHASES = ("observe", "score", "select", "compact")
 
 # What identifies a point besides trace, compress mode, policy, budget and seed: rows that differ here are never joined.
 _IDENTITY = ("policy.", "replay.", "protect.", "allocation")
+_MERGE = "policy.merge"
 _STDOUT = Path("-")
 _SHORT = {"backend": "backend", "replay.block": "block", "replay.positions": "positions", "replay.measure": "measure"}
 
@@ -157,11 +158,12 @@ def add_variants(rows: pd.DataFrame) -> pd.DataFrame:
     columns = identity_columns(rows)
     for _, same in rows.groupby(POLICY, sort=False):
         named = [c for c in columns if _varies(same, c, [TRACE, MODE, BUDGET])]
-        zipped = [_short(c) for c in columns if c not in named and _varies(same, c, [TRACE, MODE])]
-        last = [f"{', '.join(zipped)} by budget"] if zipped else []
+        zipped = [short(c) for c in columns if c not in named and _varies(same, c, [TRACE, MODE])]
+        by_budget = f"{', '.join(zipped)} by budget" if zipped else ""
         for at, row in same.iterrows():
-            phrases = [_phrase(c, row[c], c in named) for c in columns]
-            rows.at[at, "variant"] = ", ".join([p for p in phrases if p] + last)
+            phrases = [_phrase(c, row[c], c in named) for c in columns if c != _MERGE]
+            phrases += [by_budget, "dropped" if canonical(row.get(_MERGE)) == "no" else ""]
+            rows.at[at, "variant"] = ", ".join(filter(None, phrases))
         rows.loc[same.index, "variant_number"] = pd.factorize(rows.loc[same.index, "variant"])[0]
     return rows
 
@@ -169,16 +171,14 @@ def add_variants(rows: pd.DataFrame) -> pd.DataFrame:
 def _varies(same: pd.DataFrame, column: str, within: list[str]) -> bool:
     """Whether rows of one policy that agree in `within` differ in `column`."""
     groups = same.groupby(within, sort=False, dropna=False)
-    return any(group[column].map(_canonical).nunique() > 1 for _, group in groups)
+    return any(group[column].map(canonical).nunique() > 1 for _, group in groups)
 
 
 def _phrase(column: str, value: object, varies: bool) -> str:
     """What a variant's name says of one parameter."""
-    if column == "policy.merge":
-        return "dropped" if _canonical(value) == "no" else ""
     if column == "policy.gradient" and value == "surrogate":
         return "surrogate gradient"
-    return f"{_short(column)} {_canonical(value)}" if varies else ""
+    return f"{short(column)} {canonical(value)}" if varies else ""
 
 
 def over_seeds(same: pd.DataFrame) -> pd.DataFrame:
@@ -277,11 +277,12 @@ def label(row: pd.Series, manifest: Manifest) -> str:
     return f"{title}{' (' + row['variant'] + ')' if row['variant'] else ''}{' †' if row[LEAKS] else ''}"
 
 
-def _short(column: str) -> str:
+def short(column: str) -> str:
+    """A column's name without its "policy." or "replay."."""
     return _SHORT.get(column) or column.removeprefix("policy.").removeprefix("replay.")
 
 
-def _canonical(value: object) -> str:
+def canonical(value: object) -> str:
     """One spelling for equal parameter values; absent and null are the same."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "none"
