@@ -1,8 +1,9 @@
 # make demo   a sweep of nine policies on two real traces, its figures and a table
 # make test   every test
+# make kvslimmer, make weightedkv, make kvmerger   what three papers claim, tested on both traces: figures, table, comparison
 # make build  build/kvreplay alone;   make bench   timings;   make format   clang-format;   make clean
 # Each target installs what it lacks: Debian packages when root or with sudo, Python packages into .venv.
-.PHONY: demo test build tests bench format check-format cuda sanitize capture system clean FORCE
+.PHONY: demo kvslimmer weightedkv kvmerger test build tests bench format check-format cuda sanitize capture system clean FORCE
 .DELETE_ON_ERROR:
 
 packages = cmake ninja-build g++ git python3 python3-venv libeigen3-dev libtbb-dev libhdf5-dev libyaml-cpp-dev libgtest-dev \
@@ -19,6 +20,15 @@ demo: build $(venv)
 
 out/demo/figures/pareto.pdf: out/demo/runs.jsonl $(wildcard analysis/kvreplay/*.py)
 	$(python) -m kvreplay.figures out/demo >/dev/null
+
+# compared: a policy and those that it is compared with at equal bytes.
+kvslimmer: compared = 'kv_slimmer[rule=consistent,merge=true]' asym_kv mean_merge 'kv_slimmer[merge=false]' h2o streaming_llm
+weightedkv: compared = 'weighted_kv[merge=true]' h2o tova streaming_llm cam 'weighted_kv[merge=false]'
+kvmerger: compared = kv_merger h2o cam d2o keepkv look_m
+kvslimmer weightedkv kvmerger: build $(venv)
+	build/kvreplay run configs/$@.yaml --out out/$@
+	$(python) -m kvreplay.figures out/$@
+	$(python) -m kvreplay.compare out/$@ $(compared)
 
 test: tests $(venv)
 	cd build && ctest --output-on-failure -j2

@@ -12,21 +12,34 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from kvreplay import canvas
-from kvreplay.results import BUDGET, FULL, HELD, LEAKS, MODE, POLICY, SEED, TRACE, Manifest, label, panels
+from kvreplay.results import (
+    BUDGET,
+    FULL,
+    HELD,
+    LEAKS,
+    LOST,
+    MODE,
+    POLICY,
+    SEED,
+    TRACE,
+    Manifest,
+    label,
+    lost_share,
+    panels,
+)
 
-LOST = "count.lost_in_folds"
-_SLOTS, _GONE = "multiplicity.slots", ["count.evictions", "count.merges"]
 _COLUMNS = [TRACE, MODE, POLICY, "variant", BUDGET, SEED, HELD, FULL, "lost_share", LOST, "count.lost_by_clip"]
-_COLUMNS += [*_GONE, LEAKS, "run"]
+_COLUMNS += ["count.evictions", "count.merges", LEAKS, "run"]
 _NOTHING = {"color": "#777777", "linestyle": ":", "marker": "|"}  # the look of lines that lose nothing
 
 
 def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     """Share of tokens lost in merges against mean held bytes, a column per trace and a row per compress mode. Writes
     the files, returns their paths; none when nothing was lost."""
-    if not {LOST, _SLOTS, *_GONE} <= set(rows) or not (rows[LOST] > 0).any():
+    if LOST not in rows or not (rows[LOST] > 0).any():
         return []
-    rows = rows[rows["count.merges"] > 0].assign(lost_share=lambda merging: lost_share(merging, manifest))
+    rows = rows[rows["count.merges"] > 0]
+    rows = rows.assign(lost_share=[lost_share(row, manifest) for _, row in rows.iterrows()])
     cells = {(trace, mode): panel for trace, mode, panel in panels(rows) if (panel[LOST] > 0).any()}
     traces, modes = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
     width, height = plt.rcParams["figure.figsize"][0], 1.6 * len(modes) + 0.6
@@ -53,14 +66,6 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     shown += [Line2D([], [], **_NOTHING, label=f"{others} other merging lines")] if others else []
     canvas.finish(fig, height, shown, canvas.note(manifest, traces, *canvas.leak_note(rows)))
     return canvas.save(fig, rows.reindex(columns=[c for c in _COLUMNS if c in rows]), stem)
-
-
-def lost_share(rows: pd.DataFrame, manifest: Manifest) -> pd.Series:
-    """Lost tokens over those that could be compressed: the prompt's where decode is not, all where it is. Every token of
-    a KV head has gone, was merged, or is a slot."""
-    tokens = rows[_GONE].sum(axis=1) + rows[_SLOTS].map(sum)
-    of_prompt = [manifest.prompt_share(trace) if mode == "prompt" else 1.0 for trace, mode in rows[[TRACE, MODE]].values]
-    return rows[LOST] / (tokens * of_prompt)
 
 
 def _line(ax: Axes, same: pd.DataFrame, manifest: Manifest) -> Artist:

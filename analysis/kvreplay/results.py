@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 TRACE, MODE, POLICY, BUDGET = "trace", "replay.compress", "policy", "budget"
-NMSE, LEAKS, SEED = "nmse", "leaks", "seed"
+NMSE, LEAKS, SEED, LOST = "nmse", "leaks", "seed", "count.lost_in_folds"
 HELD, FULL = "bytes.cache_mean", "bytes.full_mean"  # of this cache and of the full one, over the same measured steps
 
 LEAK_NOTE = "† leaks: the policy saw the measured queries"
@@ -159,7 +159,7 @@ def add_variants(rows: pd.DataFrame) -> pd.DataFrame:
     for _, same in rows.groupby(POLICY, sort=False):
         named = [c for c in columns if _varies(same, c, [TRACE, MODE, BUDGET])]
         zipped = [short(c) for c in columns if c not in named and _varies(same, c, [TRACE, MODE])]
-        by_budget = f"{', '.join(zipped)} by budget" if zipped else ""
+        by_budget = f"{' and '.join(zipped)} by budget" if zipped else ""
         for at, row in same.iterrows():
             phrases = [_phrase(c, row[c], c in named) for c in columns if c != _MERGE]
             phrases += [by_budget, "dropped" if canonical(row.get(_MERGE)) == "no" else ""]
@@ -187,6 +187,15 @@ def over_seeds(same: pd.DataFrame) -> pd.DataFrame:
     budgets = same.groupby(BUDGET, sort=False, dropna=False)
     points = budgets.agg(held=(HELD, "mean"), error=(NMSE, "mean"), low=(NMSE, "min"), high=(NMSE, "max"))
     return points.sort_values("held")
+
+
+def lost_share(row: pd.Series, manifest: Manifest) -> float:
+    """Tokens lost in merges over those that could be compressed: the prompt's, and decoded ones where decode compresses
+    too; NaN = unknown. Every token of a KV head was evicted, was merged, or is a slot."""
+    slots = row.get("multiplicity.slots")
+    tokens = _number(row, "count.evictions") + _number(row, "count.merges")
+    tokens += sum(slots) if isinstance(slots, list) else math.nan
+    return _number(row, LOST) / (tokens * (manifest.prompt_share(row[TRACE]) if row[MODE] == "prompt" else 1))
 
 
 def common_budget(panel: pd.DataFrame) -> pd.DataFrame:
@@ -249,8 +258,8 @@ def align(lines: list[tuple[str, ...]]) -> list[str]:
 def _cells(row: pd.Series, manifest: Manifest) -> tuple[str, ...]:
     """One line of the table; the last cell warns."""
     held, full = _number(row, HELD), _number(row, FULL)
-    never_acted = row.get("acted") is False and row[POLICY] != "full"
-    notes = ["never acted"] if never_acted else []
+    notes = ["never acted"] if row.get("acted") is False and row[POLICY] != "full" else []
+    notes += [f"loses {lost_share(row, manifest):.0%} of its tokens"] if _number(row, LOST) > 0 else []
     notes += ["worst in the early layers"] if row.get("nmse.early_heavy") is True else []
     return (
         label(row, manifest),
