@@ -38,11 +38,10 @@ struct CriticalKV : kv::Policy {
     });
     team.sync();
     const auto safe = static_cast<int>(team.sum(n, [&](int s) { return static_cast<float>(head.scratch(s).safe); }));
-    const int first_stage = kv::share_of(share, head.budget()) - safe;
-    const auto base_score = [&](int s) { return head.scratch(s).score; };
-    const auto competes = [&](int s) { return head.scratch(s).safe == 0; };
+    const auto base_score = [&](int s) { return head.scratch(s).safe ? -1.f : head.scratch(s).score; };
+    const kv::Cut first = kv::best_slots(team, head, kv::share_of(share, head.budget()) - safe, base_score);
     team.for_each(n, [&](int s) {
-      const bool stays = !competes(s) || head.ahead_of(s, base_score, competes) < first_stage;
+      const bool stays = head.scratch(s).safe || first.has(base_score(s), head.token(s));
       head.score(s) = stays ? kv::protect : (base_score(s) + 1e-4f) * head.output_norm(s);
     });
   }

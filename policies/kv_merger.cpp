@@ -43,9 +43,9 @@ struct KVMerger : kv::Policy {
     const int whole = threshold == threshold ? head.size() : head.budget();
     const int newest = kv::share_of(recent, whole), most = kv::share_of(heavy, whole);
     const auto mass = [&](int s) { return head.state(s).mass; };
-    team.for_each(head.size(), [&](int s) {
-      head.scratch(s).safe = head.age(s) < newest || head.ahead_of(s, mass, [](int) { return true; }) < most;
-    });
+    const kv::Cut heaviest = kv::best_slots(team, head, most, mass);
+    team.for_each(head.size(),
+                  [&](int s) { head.scratch(s).safe = head.age(s) < newest || heaviest.has(mass(s), head.token(s)); });
     team.sync();
     team.for_each(head.size(), [&](int s) {
       const int to = head.next(s);

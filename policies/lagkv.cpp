@@ -14,18 +14,19 @@ struct LagKV : kv::Policy {
     field("lag", lag, kv::Range{1, 1 << 20}, "tokens of a block; each is scored against the next");
   }
   struct Scratch {
-    float key = 0, value = 0, score = 0;
+    float key = 0, value = 0, score = 0, mean = 0;
   };
 
   KV_HD void on_compress(auto team, auto& head) const {
     const int n = head.size(), blocks = n < sinks + 2 * lag ? 0 : (n - sinks) / lag;
     const int scored = blocks > 1 ? (blocks - 1) * lag : 0;  // places after the sinks that have a next block
-    team.for_each(n, [&](int s) {
-      const int place = head.place(s) - sinks;
-      if (place < 0 || place >= scored) return;
-      const int next = sinks + (place / lag + 1) * lag;
-      head.scratch(s).key = spread(head, next, head.info().key_dim, s, [&](int t) { return head.key(t); });
-      head.scratch(s).value = spread(head, next, head.info().value_dim, s, [&](int t) { return head.value(t); });
+    team.for_each(scored / lag, [&](int b) {
+      spread(
+          head, b, head.info().key_dim, [&](int t) { return head.key(t); },
+          [&](int t) -> float& { return head.scratch(t).key; });
+      spread(
+          head, b, head.info().value_dim, [&](int t) { return head.value(t); },
+          [&](int t) -> float& { return head.scratch(t).value; });
     });
     team.sync();
     team.for_each(n, [&](int s) {
@@ -61,21 +62,27 @@ struct LagKV : kv::Policy {
  private:
   /// Member i of the block that the slot at `place` after the sinks belongs to.
   KV_HD int mate(auto& head, int place, int i) const { return head.at(sinks + place / lag * lag + i); }
-  /// Standard deviation over channels of row(s), scaled to the range of the block that begins at place `next`.
-  KV_HD float spread(auto& head, int next, int dim, int s, auto row) const {
-    float sum = 0, squares = 0;
-    for (int pass = 0; pass < 2; ++pass)  // the mean, then the deviations from it
-      for (int c = 0; c < dim; ++c) {
-        float low = row(head.at(next))[c], high = low;
-        for (int i = 1; i < lag; ++i) {
-          const float x = row(head.at(next + i))[c];
-          low = x < low ? x : low, high = x > high ? x : high;
-        }
-        const float scaled = high > low ? (row(s)[c] - low) / (high - low) : 0.f;
-        const float mean = sum / static_cast<float>(dim);
-        (pass == 0 ? sum : squares) += pass == 0 ? scaled : (scaled - mean) * (scaled - mean);
+  /// result(s) = standard deviation over channels of row(s), scaled to the range of the next block, for all of block b.
+  KV_HD void spread(auto& head, int b, int dim, auto row, auto result) const {
+    const auto member = [&](int block, int i) { return head.at(sinks + block * lag + i); };
+    for (int i = 0; i < lag; ++i) result(member(b, i)) = 0, head.scratch(member(b, i)).mean = 0;
+    for (int c = 0; c < dim; ++c) {
+      float low = row(member(b + 1, 0))[c], high = low;
+      for (int i = 1; i < lag; ++i) {
+        const float x = row(member(b + 1, i))[c];
+        low = x < low ? x : low, high = x > high ? x : high;
       }
-    return dim > 1 ? std::sqrt(squares / static_cast<float>(dim - 1)) : 0.f;
+      for (int i = 0; i < lag; ++i) {  // Welford's running mean and sum of squares
+        const int s = member(b, i);
+        const float x = high > low ? (row(s)[c] - low) / (high - low) : 0.f, before = x - head.scratch(s).mean;
+        head.scratch(s).mean += before / static_cast<float>(c + 1);
+        result(s) += before * (x - head.scratch(s).mean);
+      }
+    }
+    for (int i = 0; i < lag && dim > 1; ++i) {
+      float& squares = result(member(b, i));
+      squares = std::sqrt(squares / static_cast<float>(dim - 1));
+    }
   }
 };
 KV_REGISTER(LagKV);

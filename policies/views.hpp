@@ -1,6 +1,7 @@
 // What hooks see: one slot, one row, one head. Plain pointers behind accessors, so that the same hook source runs in
 // the CPU engine and inlined in kernels.
 #pragma once
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -166,14 +167,6 @@ struct HeadView {
   /// Place in token order, 0 = the oldest slot; and the slot of a place.
   KV_HD int place(int s) const { return rank_[s]; }
   KV_HD int at(int place) const { return order_[place]; }
-  /// How many slots that `counts` are ahead of s by `value`: more of it, or as much and older. O(slots).
-  template <class Value, class Counts>
-  KV_HD int ahead_of(int s, Value value, Counts counts) const {
-    int ahead = 0;
-    for (int t = 0; t < size_; ++t)
-      ahead += counts(t) && (value(t) > value(s) || (value(t) == value(s) && token_[t] < token_[s]));
-    return ahead;
-  }
   KV_HD State& state(int s) const { return state_[s]; }
   KV_HD HeadState& shared() const { return *head_state_; }
   /// The policy's Scratch of a slot: kept from on_probe or scoring to the plans of the same compression, and not a byte of
@@ -254,6 +247,38 @@ struct HeadView {
            sight_.output_norm[token_[s]];
   }
 };
+
+/// The best k slots by some value, the older of equals first: what best_slots found, to be asked slot by slot.
+struct Cut {
+  std::uint32_t key;  // of the value of the last one that is in
+  int token;          // of the last one that is in among those of that value; -1 when none is
+  /// Floats as integers that compare alike.
+  KV_HD static std::uint32_t key_of(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value + 0.f);  // -0 is 0
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  }
+  KV_HD bool has(float value, int slot_token) const {
+    return key_of(value) > key || (key_of(value) == key && slot_token <= token);
+  }
+};
+
+/// The best k of a head's slots by value(slot), by bisection: 63 passes over the slots, whatever k.
+template <class Team, class Head, class Value>
+KV_HD Cut best_slots(Team team, const Head& head, int k, Value value) {
+  const auto count = [&](auto f) {
+    return static_cast<int>(team.sum(head.size(), [&](int s) { return f(s) ? 1.f : 0.f; }));
+  };
+  if (k <= 0) return {0xffffffffu, -1};
+  if (k >= head.size()) return {0, 0x7fffffff};
+  Cut cut{0, 0};
+  for (std::uint32_t bit = 0x80000000u; bit > 0; bit >>= 1)  // the largest key that k slots reach
+    if (count([&](int s) { return Cut::key_of(value(s)) >= (cut.key | bit); }) >= k) cut.key |= bit;
+  const int left = k - count([&](int s) { return Cut::key_of(value(s)) > cut.key; });
+  for (int bit = 0x40000000; bit > 0; bit >>= 1)  // the oldest of those that share it
+    if (count([&](int s) { return Cut::key_of(value(s)) == cut.key && head.token(s) < (cut.token | bit); }) < left)
+      cut.token |= bit;
+  return cut;
+}
 
 /// The view of a cache, without a policy's own state.
 template <class State, class HeadState, class Scratch>

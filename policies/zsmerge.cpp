@@ -25,7 +25,7 @@ struct ZSMerge : kv::Policy {
     int started = 0;
   };
   struct Scratch {
-    int rank = 0, anchor = -1;  // among the slots before the tail, best first; residual slot of the first compression
+    int anchor = -1;  // residual slot of the first compression
   };
 
   KV_HD kv::Traits traits() const { return {.merges = merge, .nearest = merge ? kv::Nearest::dot : kv::Nearest::none}; }
@@ -64,19 +64,15 @@ struct ZSMerge : kv::Policy {
   /// The first compression: what is neither best nor newest is cut, in token order, into runs; each run's first slot
   /// becomes residual and the anchor of the run.
   KV_HD void found_residuals(auto team, auto& head, int gatherers, int newest) const {
-    const int rest = head.size() - newest - (head.budget() - gatherers - newest);
-    const auto mass = [&](int s) { return head.state(s).mass; };
-    const auto before_the_tail = [&](int s) { return head.age(s) >= newest; };
-    team.for_each(head.size(), [&](int s) {
-      head.scratch(s).rank = before_the_tail(s) ? head.ahead_of(s, mass, before_the_tail) : -1;
-    });
-    team.sync();
+    const int top = head.budget() - gatherers - newest, rest = head.size() - newest - top;
+    const auto mass = [&](int s) { return head.age(s) < newest ? -1.f : head.state(s).mass; };
+    const kv::Cut best = kv::best_slots(team, head, top, mass);
     team.for_each(1, [&](int) {
       int run = 0, anchor = -1, left = 0;
       for (int place = 0; place < head.size(); ++place) {
         const int s = head.at(place);
         head.scratch(s).anchor = -1;
-        if (head.scratch(s).rank < head.budget() - gatherers - newest) continue;
+        if (head.age(s) < newest || best.has(mass(s), head.token(s))) continue;
         if (left == 0) anchor = s, left = rest / gatherers + (run++ < rest % gatherers), head.state(s).residual = 1;
         head.scratch(s).anchor = anchor, --left;
       }

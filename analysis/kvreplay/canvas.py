@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from kvreplay.results import FULL, HELD, LEAK_NOTE, LEAKS, POLICY, Manifest, format_bytes
+from kvreplay.results import FULL, HELD, LEAK_NOTE, LEAKS, POLICY, Manifest, format_bytes, label
 from kvreplay.style import NOTE_SIZE, Style, policy_order, policy_style
 
 
@@ -173,6 +173,16 @@ def lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
     groups = dict(iter(rows.groupby([POLICY, "variant"], sort=False)))
     for key in sorted(groups, key=lambda key: (policy_order(key[0]), groups[key]["variant_number"].iloc[0])):
         yield key, groups[key]
+
+
+def row_labels(ax: Axes, entries: list[pd.DataFrame], manifest: Manifest) -> float:
+    """Names the rows of a figure that has a policy and variant at each of y = 0, 1, ...; long names are wrapped. Returns
+    the inches that a row needs."""
+    names = [textwrap.fill(label(same.iloc[0], manifest), 42) for same in entries]
+    ax.set_yticks(range(len(names)), names, linespacing=1.0)
+    ax.set_ylim(-0.7, len(names) - 0.3)
+    ax.grid(axis="y", visible=False)
+    return 0.07 + 0.12 * max(name.count("\n") + 1 for name in names)
 
 
 def look_of(rows: pd.DataFrame) -> Style:

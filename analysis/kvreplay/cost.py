@@ -10,19 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from kvreplay import canvas
-from kvreplay.results import (
-    BUDGET,
-    HELD,
-    LEAKS,
-    MODE,
-    OWN_PHASES,
-    POLICY,
-    SEED,
-    TRACE,
-    Manifest,
-    format_bytes,
-    label,
-)
+from kvreplay.results import BUDGET, HELD, LEAKS, MODE, OWN_PHASES, POLICY, SEED, TRACE, Manifest, format_bytes
 
 MEMORY = "memory.workspace_bytes"
 _COLORS = dict(zip(OWN_PHASES, ("#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=True))
@@ -44,16 +32,13 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     if rows.empty:
         return []
     entries = [same for _, same in canvas.lines(rows)][::-1]
-    height = 0.6 + 0.19 * len(entries)
-    width = plt.rcParams["figure.figsize"][0]
-    fig, axes = plt.subplots(1, 2, sharey=True, figsize=(width, height), layout="constrained")
+    fig, axes = plt.subplots(1, 2, sharey=True, layout="constrained")
+    height = 0.6 + canvas.row_labels(axes[0], entries, manifest) * len(entries)
     for ax, column in zip(axes, _PARTS, strict=True):
         for y, same in enumerate(entries):
             _bars(ax, y, same, column)
         ax.set_xlabel(_PARTS[column])
         ax.grid(axis="y", visible=False)
-    axes[0].set_yticks(range(len(entries)), [label(same.iloc[0], manifest) for same in entries])
-    axes[0].set_ylim(-0.6, len(entries) - 0.4)
     _memory(axes[1], entries)
     about = (f"compress {rows[MODE].iloc[0]}", f"asked budget {rows[BUDGET].iloc[0]}", *canvas.leak_note(rows))
     handles = [Patch(color=_COLORS[phase], label=phase) for phase in OWN_PHASES]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from kvreplay import canvas
-from kvreplay.results import BUDGET, FULL, HELD, LEAKS, MODE, NMSE, POLICY, SEED, TRACE, Manifest, label
+from kvreplay.results import BUDGET, FULL, HELD, LEAKS, MODE, NMSE, POLICY, SEED, TRACE, Manifest
 
 TAIL = ("rel_l2.p50", "rel_l2.p95", "rel_l2.p99")
 _COLUMNS = [TRACE, MODE, POLICY, "variant", BUDGET, SEED, HELD, FULL, NMSE, *TAIL, LEAKS, "run"]
@@ -26,15 +26,12 @@ def draw(rows: pd.DataFrame, manifest: Manifest, stem: Path) -> list[Path]:
     if rows.empty:
         return []
     entries = sorted((same for _, same in canvas.lines(rows)), key=lambda same: -same[TAIL[2]].mean())
-    height = 0.55 + 0.19 * len(entries)
-    fig, ax = plt.subplots(figsize=(plt.rcParams["figure.figsize"][0], height), layout="constrained")
+    fig, ax = plt.subplots(layout="constrained")
+    height = 0.55 + canvas.row_labels(ax, entries, manifest) * len(entries)
     shown = pd.concat([rows[name] for name in (*TAIL, NMSE)])
     least = shown[shown > 0].min() / 2 if (shown > 0).any() else 1e-3  # a percentile of 0 is drawn here
     for y, same in enumerate(entries):
         _line(ax, y, same, least)
-    ax.set_yticks(range(len(entries)), [label(same.iloc[0], manifest) for same in entries])
-    ax.set_ylim(-0.7, len(entries) - 0.3)
-    ax.grid(axis="y", visible=False)
     canvas.error_axis(ax.xaxis, shown)
     budget, mode = rows[BUDGET].iloc[0], rows[MODE].iloc[0]
     ax.set_xlabel(f"relative error of one query and head, at budget {budget}")

@@ -277,7 +277,8 @@ def test_shares_are_of_the_full_cache_over_the_same_steps(sweep):
 
 def test_table(sweep):
     text = results.table(results.load(sweep[0]), results.load_manifest(sweep[0]))
-    blocks = text.split("\n\n")
+    *blocks, last = text.split("\n\n")
+    assert last.startswith("prompt, step, memory: ") and "\n" not in last  # nothing leaks
     assert len(blocks) == 4 and blocks[0].startswith("tests/data/smollm2-135m-wikitext2.h5, compress prompt")
     for block in blocks:
         lines = block.split("\n")
