@@ -10,6 +10,7 @@
 #include "experiments/docs.hpp"
 #include "experiments/inspect.hpp"
 #include "experiments/runner.hpp"
+#include "experiments/synth.hpp"
 #include "experiments/version.hpp"
 
 namespace {
@@ -28,6 +29,35 @@ void add_run(CLI::App& app, kv::RunOptions& options, std::string& out) {
                 "print the points, which are done and the memory they need; write nothing");
   run->add_flag("--force", options.force, "run everything again and replace the rows");
   run->add_flag("--retry-failed", options.retry_failed, "run points again whose row has status error");
+}
+
+void add_synth(CLI::App& app, std::string& file, kv::Synthetic& s, std::string& dtype) {
+  CLI::App* synth = app.add_subcommand("synth", "write a made-up trace of any shape");
+  const CLI::Range counts(1, 1 << 24);
+  synth->add_option("file", file, "the trace to write")->required();
+  synth->add_option("--layers", s.layers)->check(counts)->capture_default_str();
+  synth->add_option("--query-heads", s.query_heads)->check(counts)->capture_default_str();
+  synth->add_option("--kv-heads", s.kv_heads)->check(counts)->capture_default_str();
+  synth->add_option("--head-dim", s.head_dim)->check(CLI::Range(1, 4096))->capture_default_str();
+  synth->add_option("--tokens", s.tokens)->check(counts)->capture_default_str();
+  synth->add_option("--prompt", s.prompt_tokens, "tokens of them before decode")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  synth->add_option("--dtype", dtype)->check(CLI::IsMember({"float16", "bfloat16", "float32"}))->capture_default_str();
+  synth->add_flag("--rope,!--no-rope", s.rope, "rotary position embedding (default: yes)");
+  synth->add_option("--sinks", s.sinks, "first tokens that every query attends to")
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
+  synth->add_option("--heavy", s.heavy, "share of tokens that every query attends to more")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  synth->add_option("--correlation", s.correlation, "of neighbouring keys")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  synth->add_option("--outliers", s.outliers, "key channels with a large mean")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str();
+  synth->add_option("--seed", s.seed)->capture_default_str();
 }
 
 std::vector<std::string> commands_of(const CLI::App& app) {
@@ -62,7 +92,8 @@ int report_usage(const CLI::App& app, const CLI::ParseError& error, const std::v
 
 struct Request {
   kv::RunOptions run;
-  std::string out, policy, trace, page;
+  std::string out, policy, trace, page, dtype = "bfloat16";
+  kv::Synthetic synthetic;
   bool markdown = false;
 };
 
@@ -74,7 +105,12 @@ int execute(const CLI::App& app, Request& request) {
     }
     return kv::run_sweep(request.run);
   }
-  if (app.got_subcommand("inspect")) {
+  if (app.got_subcommand("synth")) {
+    request.synthetic.dtype = request.dtype == "float16"    ? kv::Dtype::float16
+                              : request.dtype == "bfloat16" ? kv::Dtype::bfloat16
+                                                            : kv::Dtype::float32;
+    kv::synth(request.trace, request.synthetic);
+  } else if (app.got_subcommand("inspect")) {
     kv::inspect(request.trace);
   } else if (app.got_subcommand("docs")) {
     fmt::print("{}", request.page == "policies"  ? kv::policies_markdown()
@@ -98,6 +134,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", fmt::format("kvreplay {} ({})", kv::build::version, kv::build::git_sha));
   app.require_subcommand(1);
   add_run(app, request.run, request.out);
+  add_synth(app, request.trace, request.synthetic, request.dtype);
   CLI::App* policies = app.add_subcommand("policies", "list the policies, or show one with its parameters");
   policies->add_option("name", request.policy, "a policy");
   policies->add_flag("--markdown", request.markdown, "as Markdown");

@@ -71,15 +71,8 @@ _OTHERS = [
     for color in ("#EE3377", "#8C510A", "#AA4499", "#117733", "#6699CC", "#661100")
     for marker, dash in zip("osD^vPXdp<>h", (SOLID, DASH, LONG, DASHDOT) * 3, strict=True)
 ]
-_VARIANTS = [
-    Style(color, marker, dash)
-    for color, marker, dash in zip(
-        (_BLUE, _RED, _GREEN, _ORANGE, _PINK, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL, _BLACK, _GREY),
-        "osD^vPXdp<>h",
-        (SOLID, DASH, LONG, DASHDOT) * 3,
-        strict=True,
-    )
-]
+_COLORS = (_BLUE, _RED, _GREEN, _ORANGE, _PINK, _SKY, _INDIGO, _OLIVE, _WINE, _TEAL, _BLACK, _GREY)
+_MARKERS = "osD^vPXdp<>"  # one less than colours, so that no pair comes twice soon
 _VARIANT_DASHES = (SOLID, DASH, DOT, DASHDOT, LONG)
 
 NOTE_SIZE = 5.5  # points, of the footer
@@ -101,7 +94,8 @@ def policy_style(name: str, variant: int = 0) -> Style:
 
 def variant_style(variant: int) -> Style:
     """The look of variant `variant` in a figure that shows one policy alone, whose colour then says nothing."""
-    return _VARIANTS[variant % len(_VARIANTS)]
+    dash = (SOLID, DASH, LONG, DASHDOT)[variant % 4]
+    return Style(_COLORS[variant % len(_COLORS)], _MARKERS[variant % len(_MARKERS)], dash)
 
 
 def policy_order(name: str) -> tuple[int, str]:

@@ -253,3 +253,19 @@ def test_readme_tables_are_current(program: Program, page: str) -> None:
 @pytest.mark.parametrize("config", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_plans(kvreplay_binary: Path, tmp_path: Path, config: Path) -> None:
     Program.call([str(kvreplay_binary), "run", str(config), "--dry-run", "--out", str(tmp_path / "out")])
+
+
+def test_synth_writes_a_trace_that_replays(program: Program, tmp_path: Path) -> None:
+    shape = ["--layers", "2", "--query-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--tokens", "300", "--prompt", "200"]
+
+    def content(name: str, *options: str) -> str:
+        done = program.call([program.binary, "synth", str(tmp_path / name), *shape, "--dtype", "float16", *options])
+        assert "layer 2 of 2" in done.stdout and "300 tokens, 4 query and 2 KV heads of 32, float16" in done.stdout
+        return re.search(r"sha256 (\w+)", program.call([program.binary, "inspect", str(tmp_path / name)]).stdout)[1]
+
+    assert content("a.h5", "--seed", "3") == content("b.h5", "--seed", "3") != content("c.h5", "--seed", "4")
+    program.run(f"trace={tmp_path / 'a.h5'}")
+    errors = {(row["policy"], row["budget"]): row["nmse"] for row in program.rows()}
+    assert errors["full", "100%"] < 1e-5 < errors["h2o", "50%"] < errors["h2o", "25%"] < errors["streaming_llm", "25%"]
+    wrong = program.call([program.binary, "synth", str(tmp_path / "d.h5"), "--query-heads", "3", "--kv-heads", "2"], 2)
+    assert "3 is no multiple of the 2 KV heads" in wrong.stderr and not (tmp_path / "d.h5").exists()
