@@ -76,7 +76,11 @@ struct RowTeam {
   KV_HD float dot(Row a, Row b) const {
     float chunk[max_chunks] = {};
     const int chunks = (a.dim + 7) / 8;
-    for (int c = 0; c < a.dim; ++c) chunk[(c / 8) % max_chunks] += a.data[c] * b.data[c];
+    if (a.dim % 8 == 0 && chunks <= max_chunks)  // channel by channel of all chunks at once: a vector loop, the same sums
+      for (int c = 0; c < 8; ++c)
+        for (int i = 0; i < chunks; ++i) chunk[i] += a.data[8 * i + c] * b.data[8 * i + c];
+    else
+      for (int c = 0; c < a.dim; ++c) chunk[(c / 8) % max_chunks] += a.data[c] * b.data[c];
     for (int n = chunks < max_chunks ? chunks : max_chunks; n > 1; n = (n + 1) / 2)
       for (int i = 0; i < n / 2; ++i) chunk[i] += chunk[i + (n + 1) / 2];
     return chunk[0];

@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from kvreplay.results import FULL, HELD, LEAK_NOTE, LEAKS, POLICY, Manifest, format_bytes, label
@@ -176,8 +175,8 @@ def lines(rows: pd.DataFrame) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
 
 
 def row_labels(ax: Axes, entries: list[pd.DataFrame], manifest: Manifest) -> float:
-    """Names the rows of a figure that has a policy and variant at each of y = 0, 1, ...; long names are wrapped. Returns
-    the inches that a row needs."""
+    """Names the rows of a figure that has a policy and variant at each of y = 0, 1, ...; long names are wrapped.
+    Returns the inches that a row needs."""
     names = [textwrap.fill(label(same.iloc[0], manifest), 42) for same in entries]
     ax.set_yticks(range(len(names)), names, linespacing=1.0)
     ax.set_ylim(-0.7, len(names) - 0.3)

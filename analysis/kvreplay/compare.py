@@ -162,8 +162,8 @@ def _sentence(name: str, pairs: list[Pair]) -> str:
     compared, apart = [p for p in pairs if len(p.held)], [p for p in pairs if not len(p.held)]
     parts = [f"than {p.other} at {p.lower} ({p.times:.2f} times)" for p in compared[1:]]
     if compared:
-        p = compared[0]
-        start = f"has the lower nmse than {p.other} at {p.lower} byte counts ({p.times:.2f} times its error, geometric mean)"
+        p, unit = compared[0], "times its error, geometric mean"
+        start = f"has the lower nmse than {p.other} at {p.lower} byte counts ({p.times:.2f} {unit})"
         parts = [", ".join([start, *parts])]
     parts += [f"shares no byte count with {p.other} ({p.apart})" for p in apart]
     return f"{name} {'; it '.join(parts)}."

@@ -249,10 +249,11 @@ def table(rows: pd.DataFrame, manifest: Manifest) -> str:
 def align(lines: list[tuple[str, ...]]) -> list[str]:
     """Lines of cells in columns, the first and the last flush left, those between flush right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return [
-        "  ".join((name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True)), last)).rstrip()
-        for name, *cells, last in lines
-    ]
+    rows = []
+    for name, *cells, last in lines:
+        flush_right = (cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True))
+        rows.append("  ".join((name.ljust(widths[0]), *flush_right, last)).rstrip())
+    return rows
 
 
 def _cells(row: pd.Series, manifest: Manifest) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from oracle_heads import Head
 from oracle_layers import View
 from oracle_policies import Verdict, _unit, share
 
+STRETCH = (0.5, 2.0)     # of KeepKV's keys; beyond, the convex key
+
 
 def no_slots(view: View) -> np.ndarray:
     """Nothing protected."""
@@ -118,6 +120,9 @@ def keepkv_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
     logit = view.layer.logits(head, rows)[:, 0].mean(axis=0)
     for slot, at in by_target(victims[merged], target[merged]):
         members = np.concatenate([[slot], victims[merged][at]])
+        stretch = keepkv_stretch(head.multiplicity[members], logit[members])
+        for bound in STRETCH:
+            view.note(stretch, bound)
         head.write(slot, *keepkv_row(head, members, logit[members]))
         for victim in members[1:]:
             view.merge(victim, slot)
@@ -127,14 +132,19 @@ def keepkv_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
 def keepkv_row(head: Head, members: np.ndarray, logit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Key and value of a merged slot; the key's length keeps the parts' joint mass unless that is out of reach."""
     votes = head.multiplicity[members]
-    weight = votes * np.exp(logit - logit.max())
-    total = weight.sum()
-    convex = weight / total
-    mean = float(convex @ logit)
-    stretch = (math.log(total / votes.sum()) + logit.max()) / mean if mean else math.inf
-    if not 0.5 <= stretch <= 2:
+    convex = votes * np.exp(logit - logit.max())
+    convex = convex / convex.sum()
+    stretch = keepkv_stretch(votes, logit)
+    if not STRETCH[0] <= stretch <= STRETCH[1]:
         stretch = 1.0
     return stretch * (convex @ head.key[members]), convex @ head.value[members]
+
+
+def keepkv_stretch(votes: np.ndarray, logit: np.ndarray) -> float:
+    """How much longer than the convex key: log of the mean weight over the weighted mean logit."""
+    weight = votes * np.exp(logit - logit.max())
+    mean = float(weight @ logit / weight.sum())
+    return (math.log(weight.sum() / votes.sum()) + logit.max()) / mean if mean else math.inf
 
 
 def look_m_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:

@@ -13,7 +13,8 @@ from merge_rows import RETRIEVAL, WIKI
 def curve(policy: str, factor: float, held: list[int], trace=WIKI, mode="prompt", **more) -> list[dict]:
     """Points on the line nmse = factor / held, a straight one in the figure."""
     points = [{HELD: h * 1024, NMSE: factor / h} for h in held]
-    return [sweep_rows.row(policy, trace, mode, f"{h}", **(point | more)) for h, point in zip(held, points, strict=True)]
+    budgets = [f"{h}" for h in held]
+    return [sweep_rows.row(policy, trace, mode, b, **(p | more)) for b, p in zip(budgets, points, strict=True)]
 
 
 def text_of(folder, rows: list[dict], *selectors: str) -> str:
@@ -34,7 +35,7 @@ def test_equal_bytes(tmp_path):
         "smollm2-135m-wikitext2, compress prompt: H2O has the lower nmse than TOVA at 3 of 3 byte counts "
         "(0.80 times its error, geometric mean)."
     ]
-    points = re.findall(r"(\d+) KiB +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE)  # the common range, and own points in it
+    points = re.findall(r"(\d+) KiB +(\S+) +(\S+) +(\S+)$", text, re.MULTILINE)
     assert [tuple(map(float, point)) for point in points] == [
         (150, 0.0533, 0.0667, 0.8), (200, 0.04, 0.05, 0.8), (400, 0.02, 0.025, 0.8)]  # fmt: skip
 
@@ -47,8 +48,9 @@ def test_the_other_way_round_is_the_other_way_round(tmp_path):
 def test_no_overlap_is_said_not_extrapolated(tmp_path):
     rows = curve("h2o", 8, [100, 200]) + curve("tova", 10, [300, 400]) + curve("random", 16, [100, 200])
     assert sentences(text_of(tmp_path, rows, "h2o", "tova", "random")) == [
-        "smollm2-135m-wikitext2, compress prompt: H2O has the lower nmse than Random at 2 of 2 byte counts (0.50 times its "
-        "error, geometric mean); it shares no byte count with TOVA (100 KiB to 200 KiB against 300 KiB to 400 KiB)."
+        "smollm2-135m-wikitext2, compress prompt: H2O has the lower nmse than Random at 2 of 2 byte counts "
+        "(0.50 times its error, geometric mean); it shares no byte count with TOVA "
+        "(100 KiB to 200 KiB against 300 KiB to 400 KiB)."
     ]
     only = sentences(text_of(tmp_path, rows, "h2o", "tova"))
     assert only[0].endswith(": H2O shares no byte count with TOVA (100 KiB to 200 KiB against 300 KiB to 400 KiB).")
@@ -62,7 +64,7 @@ def test_traces_and_modes_are_never_mixed(tmp_path):
     assert [(s.split(":")[0], re.search(r"\((\S+) times", s)[1]) for s in said] == [
         ("smollm2-135m-wikitext2, compress prompt", "0.80"), ("smollm2-135m-retrieval, compress prompt", "1.50")
     ]  # fmt: skip
-    with pytest.raises(results.ResultsError, match="h2o has no trace, compress mode and settings in common with random"):
+    with pytest.raises(results.ResultsError, match="compress mode and settings in common with random"):
         text_of(tmp_path, rows, "h2o", "random")
 
 

@@ -13,7 +13,7 @@ from program import REPO, WIKI, Program
 POINTS = {"kvslimmer": 154, "weightedkv": 98, "kvmerger": 62}
 # One trace and a quarter or half of its points: seconds instead of a minute.
 SHORT = {
-    "kvslimmer": ["budget=[12.5%, 50%]"],
+    "kvslimmer": ["budget=[12.5%, 50%]", "timing.repeats=1"],
     "weightedkv": ["budget=[12.5%, 25%]", "timing.repeats=0"],
     "kvmerger": ["--only", "replay.compress=always", "timing.repeats=0"],
 }
@@ -37,8 +37,8 @@ def test_plans(kvreplay_binary: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", POINTS)
 def test_a_short_run_is_compared(kvreplay_binary: Path, tmp_path: Path, capsys, name: str) -> None:
-    command = [str(kvreplay_binary), "run", f"configs/{name}.yaml", f"trace={WIKI}", "timing.repeats=1"]
-    Program.call([*command, "replay.measure=last:8", *SHORT[name], "--out", str(tmp_path)])
+    command = [str(kvreplay_binary), "run", f"configs/{name}.yaml", f"trace={WIKI}", "replay.measure=last:8"]
+    Program.call([*command, *SHORT[name], "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert {row["status"] for row in rows} == {"ok"} and all(row["acted"] for row in rows if row["policy"] != "full")
     assert not any(row["leaks"] for row in rows)

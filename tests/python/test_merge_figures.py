@@ -141,9 +141,8 @@ def test_no_losses_no_figure(tmp_path):
 
 def test_many_lines_are_spread_over_figures(tmp_path, monkeypatch):
     rows = [sweep_rows.row("full", WIKI, "always", "100%"), row("h2o", WIKI, "prompt", "25%")]
-    rows += [
-        make("kv_slimmer", WIKI, "prompt", "25%", **{"policy.clip": clip}) for make in (row, dropped) for clip in range(7)
-    ]
+    for make in (row, dropped):
+        rows += [make("kv_slimmer", WIKI, "prompt", "25%", **{"policy.clip": clip}) for clip in range(7)]
     out = merge_rows.write_folder(tmp_path, rows)
     pages = dict(pareto.pages(results.add_variants(results.load(out))))
     assert set(pages) == {"pareto", "pareto-kv_slimmer"}
