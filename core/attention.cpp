@@ -23,7 +23,7 @@ void mask(Rows& logits, const AttentionKeys& keys, const AttentionRule& rule, co
     const int token = queries.token[first_row + static_cast<int>(r) / queries.group];
     float* row = logits.data() + r * logits.outerStride();
     for (int c = rule.window > 0 ? 0 : plain; c < static_cast<int>(logits.cols()); ++c)
-      if (!visible(rule, token, keys.token[c])) row[c] = hidden;
+      if (!visible(rule, token, keys.token[c]) || keys.token[c] > queries.newest_key) row[c] = hidden;
   }
 }
 

@@ -3,6 +3,7 @@
 #include <Eigen/Core>
 #include <cstddef>
 #include <functional>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -37,6 +38,7 @@ struct AttentionQueries {
   const float* queries = nullptr;  // [rows][group][key_dim]
   const int* token = nullptr;      // [rows]
   int rows = 0, group = 1;
+  int newest_key = std::numeric_limits<int>::max();  // keys of later tokens are hidden from all rows
 };
 
 /// Softmax probabilities and final logits of a tile: [tile rows][group], `stride` floats apart, of slots [0, columns);

@@ -84,7 +84,8 @@ std::vector<int> FoldSums::write(Dtype dtype) {
     const FoldTarget& sum = target.sum;
     // Without weight from any victim a row is what it was, unless on_target scales it.
     if (target.key.empty() && sum.own_key != sum.key_divisor) target.key.resize(std::size_t(cache_.key_dim()));
-    if (target.value.empty() && sum.own_value != sum.value_divisor) target.value.resize(std::size_t(cache_.value_dim()));
+    if (target.value.empty() && sum.own_value != sum.value_divisor)
+      target.value.resize(std::size_t(cache_.value_dim()));
     if (!target.key.empty()) write_key(slot, target, dtype), changed_keys.push_back(slot);
     if (target.value.empty()) continue;
     write_row(cache_.value(slot), target.value, sum.own_value, sum.value_divisor, dtype);

@@ -33,7 +33,7 @@ Candidates HeadReplay::score(const BlockRange& block) {
     Look look{.phase = TimedPhase::observe, .observe = true, .window = true};  // the policy's own cost
     look.tokens.resize(static_cast<std::size_t>(std::min(traits_.observation_window, block.last)));
     std::iota(look.tokens.begin(), look.tokens.end(), block.last - static_cast<int>(look.tokens.size()));
-    if (traits_.window_past) look.sees_as = std::max(0, look.tokens.front() - 1);
+    if (traits_.window_past) look.newest_key = look.tokens.front() - 1;
     attend(look);
     timed(TimedPhase::observe, [&] { sight_.seen = gather(static_cast<int>(look.tokens.size())); });
   }

@@ -197,12 +197,11 @@ HeadReplay::Attended HeadReplay::attend(const Look& look) {
   timed(look.phase, [&] {
     q = queries(look.tokens);
     if (look.output) out.output.resize(rows * static_cast<std::size_t>(model_.value_dim)), out.lse.resize(rows);
-    std::vector<int> sees_as(look.sees_as < 0 ? 0u : look.tokens.size(), look.sees_as);
     const bool in_order = look.older >= 0;
     attention_.run(attention_keys(), rule_of(model_, layer_.layer, kv_head_),
-                   {q.data(), look.sees_as < 0 ? look.tokens.data() : sees_as.data(), count, group_},
-                   in_order ? look.older : 0, in_order ? look.older + 1 : cache_.size(),
-                   look.output ? out.output.data() : nullptr, look.output ? out.lse.data() : nullptr,
+                   {q.data(), look.tokens.data(), count, group_, look.newest_key}, in_order ? look.older : 0,
+                   in_order ? look.older + 1 : cache_.size(), look.output ? out.output.data() : nullptr,
+                   look.output ? out.lse.data() : nullptr,
                    look.observe || look.gradient || look.mass ? std::function(visit) : nullptr);
   });
   times_[static_cast<std::size_t>(look.phase)] -= observing + measuring;

@@ -104,8 +104,8 @@ class HeadReplay {
   struct Look {
     std::vector<int> tokens = {};
     TimedPhase phase = TimedPhase::attend;
-    int older = -1;    // slots before a block whose every query is in `tokens`: they need no masks; -1 = unsure
-    int sees_as = -1;  // visibility is that of this token; -1 = of their own
+    int older = -1;  // slots before a block whose every query is in `tokens`: they need no masks; -1 = unsure
+    int newest_key = std::numeric_limits<int>::max();  // they see nothing newer
     bool output = false, observe = false, window = false, gradient = false, mass = false;
   };
   struct Attended {

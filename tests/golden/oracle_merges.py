@@ -117,7 +117,9 @@ def keepkv_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
     for value in like:
         view.note(value, view.params["threshold"])
     rows = view.layer.rows(view.now, view.now + 1)
-    logit = view.layer.logits(head, rows)[:, 0].mean(axis=0)
+    window = view.layer.trace.window[view.layer.index]
+    seen = (window == 0) | (view.now - head.token < window)     # what the query cannot see has no logit to sum: 0
+    logit = np.where(seen, view.layer.logits(head, rows)[:, 0].mean(axis=0), 0.0)
     for slot, at in by_target(victims[merged], target[merged]):
         members = np.concatenate([[slot], victims[merged][at]])
         stretch = keepkv_stretch(head.multiplicity[members], logit[members])
