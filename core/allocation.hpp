@@ -9,8 +9,8 @@
 namespace kv {
 
 /// Slots per KV head of each of `layers` layers, their mean exactly `budget`. uniform, adaptive: `budget` everywhere.
-/// pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069): all beyond the policy's `window` falls linearly from the first
-/// layer to (budget - window) / beta in the last; no layer gets more than the `tokens` there are, or less than 1.
+/// pyramid (PyramidKV, Cai et al. 2024, arXiv:2406.02069): all beyond the policy's `window` falls linearly from the
+/// first layer to (budget - window) / beta in the last; no layer gets more than the `tokens` there are, or less than 1.
 std::vector<int> layer_budgets(const Allocation& allocation, int budget, int window, int tokens, int layers);
 
 /// adaptive (Ada-KV, Feng et al. 2024, arXiv:2407.11550): the slots of one layer's KV heads, sum = heads x budget. Each

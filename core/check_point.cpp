@@ -18,7 +18,9 @@ std::vector<bool> needed_queries(const TraceHeader& trace, const PolicyEntry& en
   const auto need = [&](int first, int last) {
     if (first < last) std::fill(needed.begin() + std::max(first, 0), needed.begin() + last, true);
   };
-  if (entry.observes) need(traits.observes_prompt ? 0 : trace.prompt_tokens, trace.tokens);
+  const bool to_the_end = settings.compress == Compress::always || entry.biases;
+  if (entry.observes && traits.observes)
+    need(traits.observes_prompt ? 0 : trace.prompt_tokens, to_the_end ? trace.tokens : trace.prompt_tokens);
   const bool even = settings.allocation.kind == Allocation::Kind::uniform;
   for (const BlockRange& block : blocks_of(trace, settings.block)) {
     const bool due = (block.last > settings.budget || !even) &&

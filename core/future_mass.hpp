@@ -10,8 +10,8 @@ namespace kv {
 /// Of one KV head, mean over its query heads. Everything is borrowed.
 class FutureMass {
  public:
-  /// `steps` are the newest tokens of every block: what is added at once must be what advance() takes off again, so that
-  /// the same bits go.
+  /// `steps` are the newest tokens of every block: what is added at once must be what advance() takes off again, so
+  /// that the same bits go.
   FutureMass(const TraceHeader& trace, const PreparedLayer& layer, int kv_head, const std::vector<int>& steps);
 
   /// Queries of tokens up to `now`, the next step, are past from now on.

@@ -107,7 +107,8 @@ void HeadReplay::find_nearest() {
         if (dots(static_cast<Eigen::Index>(i), c) > dots(static_cast<Eigen::Index>(i), best)) best = c;
       const auto victim = static_cast<std::size_t>(going[first + i]);
       target_[victim] = receiving[static_cast<std::size_t>(best)];
-      similarity_[victim] = dots(static_cast<Eigen::Index>(i), best);
+      const float most = dots(static_cast<Eigen::Index>(i), best);
+      similarity_[victim] = traits_.nearest == Nearest::cosine ? std::clamp(most, -1.f, 1.f) : most;
     }
   }
 }
@@ -143,6 +144,8 @@ void HeadReplay::compress(const Candidates& candidates, const std::vector<std::u
     } else {
       std::vector<int> tokens;  // slots move when others go: tokens do not
       for (const int slot : going) tokens.push_back(cache_.tokens()[static_cast<std::size_t>(slot)]);
+      sight_ = {};  // the rest does not move with the slots
+      sight_.kept = stays_.data();
       for (const int token : tokens) {
         const std::vector<int> one{cache_.slot_of(token)};
         fold(one);

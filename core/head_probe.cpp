@@ -30,8 +30,8 @@ void HeadReplay::probe(const BlockRange& block) {
   });
 }
 
-/// dLoss/dk of every slot: sum over rows of scale * p_tj (E_t . (v_j - o_t)) q_t (kvslimmer-asymkv 2.4, with p = l a and
-/// mean values), here by the rotated keys.
+/// dLoss/dk of every slot: sum over rows of scale * p_tj (E_t . (v_j - o_t)) q_t (kvslimmer-asymkv 2.4, with p = l a
+/// and mean values), here by the rotated keys.
 void HeadReplay::add_gradient(const AttentionTile& tile, const Look& look, const std::vector<float>& q) {
   const auto dim = static_cast<Eigen::Index>(model_.head_dim), dv = static_cast<Eigen::Index>(model_.value_dim);
   const Eigen::Index rows = tile.rows * group_, columns = tile.columns;

@@ -36,8 +36,12 @@ int slot_limit(const LayerReplay& layer, const Traits& traits) {
 
 HeadInfo info_of(const LayerReplay& layer, int kv_head) {
   const ModelInfo& m = layer.trace.model;
-  return {layer.layer.info.index, kv_head, m.group(), m.head_dim, m.value_dim, layer.budget, layer.trace.prompt_tokens,
-          layer.settings.seed};
+  HeadInfo info;
+  info.layer = layer.layer.info.index, info.window = layer.layer.info.window, info.kv_head = kv_head;
+  info.group = m.group(), info.key_dim = m.head_dim, info.value_dim = m.value_dim;
+  info.budget = layer.budget, info.prompt_tokens = layer.trace.prompt_tokens;
+  info.scale = static_cast<float>(m.scale), info.seed = layer.settings.seed;
+  return info;
 }
 
 std::vector<int> steps_of(const LayerReplay& layer) {
@@ -83,11 +87,11 @@ void HeadReplay::take(const BlockRange& block, int step) {
     layer_.result->slots[static_cast<std::size_t>(layer_.index * model_.kv_heads + kv_head_) * steps +
                          static_cast<std::size_t>(step)] = cache_.size();
   }
-  add_statistics(block);
+  if (watches(block.phase)) add_statistics(block);
   const auto& all = layer_.settings.measured;
   const std::vector<int> measured(std::lower_bound(all.begin(), all.end(), block.first),
                                   std::lower_bound(all.begin(), all.end(), block.last));
-  const bool observe = layer_.entry.observes && (block.phase == Phase::decode || traits_.observes_prompt);
+  const bool observe = layer_.entry.observes && traits_.observes && watches(block.phase);
   Look look{.tokens = measured, .output = !measured.empty(), .observe = observe};
   look.mass = layer_.full && layer_.settings.mass && !measured.empty();
   if (observe) {
@@ -106,10 +110,16 @@ void HeadReplay::take(const BlockRange& block, int step) {
     });
 }
 
+bool HeadReplay::watches(Phase phase) const {
+  if (phase == Phase::prompt) return traits_.observes_prompt;
+  return layer_.settings.compress == Compress::always || layer_.entry.biases;
+}
+
 void HeadReplay::add_statistics(const BlockRange& block) {
   timed(TimedPhase::observe, [&] {
     if (statistics_)
       for (int t = std::max(block.first, traits_.future_queries.first); t < block.last; ++t) {
+        if (layer_.layer.row_of_token[static_cast<std::size_t>(t)] < 0) continue;  // no compression will need it
         const std::vector<float> q = gather_queries(model_, layer_.layer, layer_.layer.tensors.q, kv_head_, {&t, 1});
         statistics_->add([&](int g) { return q.data() + g * model_.head_dim; });
       }

@@ -71,8 +71,8 @@ class HeadReplay {
   /// The policy's scores of the present slots or links, in token order.
   Candidates score(const BlockRange& block);
 
-  /// Brings the cache to the kept slots (kept[i] and candidates in token order), folding or dropping the others. One round
-  /// of a compression.
+  /// Brings the cache to the kept slots (kept[i] and candidates in token order), folding or dropping the others. One
+  /// round of a compression.
   void compress(const Candidates& candidates, const std::vector<std::uint8_t>& kept);
 
   /// Ends a compression.
@@ -116,6 +116,9 @@ class HeadReplay {
   Moment moment() const { return {now_, phase_, counters_.compressions, block_}; }
   void enter(const BlockRange& block) { phase_ = block.phase, block_ = block.index, block_first_ = block.first; }
   void append_rows(const BlockRange& block);
+  /// Whether what the policy sees in this phase can still matter: without compression in decode it stops watching
+  /// there.
+  bool watches(Phase phase) const;
   std::vector<int> places() const;
   std::vector<float> queries(const std::vector<int>& tokens) const;
   AttentionKeys attention_keys();

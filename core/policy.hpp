@@ -42,7 +42,8 @@ enum class Nearest { none, cosine, dot };
 /// Key gradients of the probed block: from the trace's `e`, or from a stand-in for it (the probe's own outputs).
 enum class KeyGradient { none, recorded, surrogate };
 
-/// Statistics of the queries so far (tokens from `first` on), rotated to the next `horizon` positions; 0 = not asked for.
+/// Statistics of the queries so far (tokens from `first` on), rotated to the next `horizon` positions; 0 = not asked
+/// for.
 struct FutureQueries {
   int first = 0, horizon = 0;
 };
@@ -54,7 +55,9 @@ struct Traits {
   int observation_window = 0;   // > 0: at each compression head.seen() holds the attention of the last so many queries
   bool window_once = false;     // the window is seen at prompt compressions and at the first of all only
   bool window_past = false;     // the window's queries look at the slots before the window only
+  bool observes = true;         // false: these parameters need no on_attention
   bool observes_prompt = true;  // false: on_attention is not called for prompt rows
+  bool keeps_state = true;      // false: with these parameters no Slot outlives a compression, and none costs bytes
   bool key_probe = false;       // head.vector() and slot.probe = key . vector
   bool merges = true;           // false: a parameter turned on_merge off, so that nothing is ever folded
   bool one_at_a_time = false;   // merges: victims go one by one, each plan sees the folds before it
@@ -81,6 +84,8 @@ struct HeadInfo {
   int kv_head = 0, group = 1, key_dim = 0, value_dim = 0;
   int budget = 0, prompt_tokens = 0;
   std::uint64_t seed = 0;
+  float scale = 1;  // of the model's logits: scale * q.k
+  int window = 0;   // of the layer's sliding window; 0 = full attention
 };
 
 /// What changes from block to block.

@@ -74,7 +74,7 @@ class UnitReplay {
 
   void compress_before(const BlockRange& block) {
     if (!probes() || block.phase == Phase::decode || block.first == 0) return;
-    const bool due = heads_.front().due(block);
+    const bool due = std::any_of(heads_.begin(), heads_.end(), [&](const HeadReplay& head) { return head.due(block); });
     if (due || traits().probe == Probe::always) probe(block);
     if (due) compress(block);
   }
@@ -293,11 +293,11 @@ void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& 
 
 }  // namespace
 
-SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits) {
+SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits, Positions positions) {
   SlotBytes bytes;
   bytes.payload = static_cast<std::size_t>(trace.model.head_dim + trace.model.value_dim) * size_of(trace.dtype);
-  const bool counts = policy.merges && (traits.merges || traits.select == Select::links);  // links: for span positions
-  bytes.metadata = 4 + policy.slot_state_bytes + (counts ? 4 : 0);  // position, state, multiplicity
+  const bool counts = (policy.biases && traits.merges) || positions == Positions::span;  // multiplicities are in use
+  bytes.metadata = 4 + (traits.keeps_state ? policy.slot_state_bytes : 0) + (counts ? 4 : 0);  // position, state, count
   bytes.per_head = policy.head_state_bytes;
   return bytes;
 }

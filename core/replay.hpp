@@ -60,7 +60,7 @@ struct ReplayResult {
 };
 
 /// The bytes of one slot under `policy`: the rule of design section 6.
-SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits);
+SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits, Positions positions);
 
 /// Those of `tokens` whose query every layer recorded: what can be measured.
 std::vector<int> recorded_queries(const TraceHeader& trace, const std::vector<int>& tokens);

@@ -34,11 +34,11 @@ void combine(Candidates& sum, const Candidates& other);
 /// Returns kept[i] in token order.
 std::vector<std::uint8_t> select(const Candidates& candidates, int budget);
 
-/// The same for links: candidate i is the link of slot i with its right neighbour (lower = join first; the last one is no
-/// link). Joins links until `budget` slots are left, of equals the older first; under Picks::disjoint as many of those as
-/// share no slot. Links of protected slots are joined, the oldest first, when nothing else is left to join; links from a
-/// sink never are, but for sinks beyond budget - 1. With `every_link_below` all links that score lower are joined
-/// whatever the budget, but for safe ones. The right slot of a joined link goes.
+/// The same for links: candidate i is the link of slot i with its right neighbour (lower = join first; the last one is
+/// no link). Joins links until `budget` slots are left, of equals the older first; under Picks::disjoint as many of
+/// those as share no slot. Links of protected slots are joined, the oldest first, when nothing else is left to join;
+/// links from a sink never are, but for sinks beyond budget - 1. With `every_link_below` all links that score lower are
+/// joined whatever the budget, but for safe ones. The right slot of a joined link goes.
 std::vector<std::uint8_t> select_links(const Candidates& candidates, int budget, const Traits& traits);
 
 }  // namespace kv

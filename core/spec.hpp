@@ -9,8 +9,8 @@ namespace kv {
 
 enum class Phase { prompt, decode };
 enum class Compress { prompt, always };  // stop compressing when decode begins, or go on
-/// Where kept keys are rotated to: their own position, their place in the cache, or (span) the number of tokens that the
-/// slots up to them stand for. The last two rotate unrotated keys at read time.
+/// Where kept keys are rotated to: their own position, their place in the cache, or (span) the number of tokens that
+/// the slots up to them stand for. The last two rotate unrotated keys at read time.
 enum class Positions { absolute, cache, span };
 enum class Scope { head, layer };  // a selection per KV head, or one for all heads of a layer
 
@@ -30,8 +30,8 @@ struct Protect {
   int sinks = 0, recent = 0;
 };
 
-/// How a budget is spread: the same everywhere, more to early layers, or more to the heads of a layer whose scores ask for
-/// it.
+/// How a budget is spread: the same everywhere, more to early layers, or more to the heads of a layer whose scores ask
+/// for it.
 struct Allocation {
   enum class Kind { uniform, pyramid, adaptive } kind = Kind::uniform;
   double beta = 20;    // pyramid: the last layer gets 1/beta of the mean

@@ -147,7 +147,7 @@ std::string obstacle(const TraceHeader& h, const PolicyEntry& entry, const std::
   settings.measured = tokens;
   try {
     settings.budget = policy->traits().needs_budget()
-                          ? slots_of(parse_budget("50%"), h, slot_bytes(h, entry, policy->traits()))
+                          ? slots_of(parse_budget("50%"), h, slot_bytes(h, entry, policy->traits(), settings.positions))
                           : h.tokens;
     check_point(h, entry, *policy, settings);
   } catch (const ConfigError& error) {

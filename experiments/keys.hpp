@@ -37,7 +37,8 @@ struct Keys {
     field("policy", policy, "a policy's name, or a map of its name and parameters such as {name: h2o, recent: 0.5}");
     field("budget", budget,
           "what a cache holds after a compression: a share of the prompt (20%, 0.2), slots per KV head (512), or bytes "
-          "of all recorded layers and heads together (64MiB); `full` needs none");
+          "of all recorded layers and heads together (64MiB); none for `full` and where a policy's own threshold "
+          "decides");
     field("seed", seed, counts, "of policies that draw random numbers; equal seeds give equal bits");
     field("backend", backend, Choices{"auto", "cpu", "cuda"}, "where the replay runs");
     field("replay.block", block, "tokens of the prompt that are appended at once: a number, or all; auto: published");

@@ -134,10 +134,12 @@ class Resolver {
                       : positions == AskedPositions::cache    ? Positions::cache
                                                               : Positions::span;
     const Traits traits = point.policy->traits();
+    if (point.keys.budget == "none") point.keys.budget.clear();
     if (traits.compresses && !traits.needs_budget() && !point.keys.budget.empty())
-      fail(point.place_of("budget"),
-           fmt::format("budget: policy {} decides by a threshold how much stays; drop the budget, or let it be exact",
-                       point.keys.policy));
+      fail(
+          point.place_of("budget"),
+          fmt::format("budget: policy {} decides by a threshold how much stays; say 'budget: none', or let it be exact",
+                      point.keys.policy));
     const bool compresses = traits.needs_budget();
     if (compresses && point.keys.budget.empty())
       fail(point.place_of("policy"),
@@ -156,7 +158,8 @@ const Place& place_of_message(const Point& point, const std::string& message) {
   return point.place_of(point.places.contains(key) ? key : "policy");
 }
 
-/// Whether a key's value tells this point from others: what only adds output does not, nor what came later and is unused.
+/// Whether a key's value tells this point from others: what only adds output does not, nor what came later and is
+/// unused.
 bool changes_the_run(const Point& point, const std::string& key) {
   const Allocation::Kind kind = point.keys.allocation.kind;
   if (key == "series" || key == "timing.repeats") return false;
@@ -187,7 +190,9 @@ std::vector<std::pair<std::string, Value>> Point::values() const {
   all.emplace_back("allocation.beta", keys.allocation.beta);
   all.emplace_back("allocation.floor", keys.allocation.floor);
   all.emplace_back("metrics", keys.metrics == AskedMetrics::mass ? "mass" : "standard");
-  all.emplace_back("budget", keys.budget.empty() ? budget.text : keys.budget);
+  const Traits traits = policy->traits();
+  const std::string unasked = traits.compresses && !traits.needs_budget() ? "none" : budget.text;
+  all.emplace_back("budget", keys.budget.empty() ? unasked : keys.budget);
   all.emplace_back("seed", std::int64_t{keys.seed});
   all.emplace_back("backend", backend);
   all.emplace_back("series", keys.series);
@@ -220,9 +225,10 @@ void attach(Point& point, const TraceHeader& header, const std::string& trace_id
     if (settings.measured.empty())
       throw ConfigError(
           fmt::format("replay.measure: no query of '{}' is in every layer's q_index", point.keys.measure));
-    settings.budget = point.policy->traits().needs_budget()
-                          ? slots_of(point.budget, header, slot_bytes(header, *point.entry, point.policy->traits()))
-                          : header.tokens;
+    settings.budget =
+        point.policy->traits().needs_budget()
+            ? slots_of(point.budget, header, slot_bytes(header, *point.entry, point.policy->traits(), point.positions))
+            : header.tokens;
     check_point(header, *point.entry, *point.policy, settings);
   } catch (const ConfigError& error) {
     if (point.keys.on_invalid == OnInvalid::error) fail(place_of_message(point, error.what()), error.what());

@@ -47,7 +47,8 @@ struct Point {
 std::vector<Point> resolve(const std::vector<RawPoint>& raw);
 
 /// Fills in what depends on the trace: slots, measured tokens, run id; checks that the trace can serve the point. A
-/// point it cannot serve gets `invalid`, or is a ConfigError, as its `on_invalid` says. `trace_identity` is its trace's.
+/// point it cannot serve gets `invalid`, or is a ConfigError, as its `on_invalid` says. `trace_identity` is its
+/// trace's.
 void attach(Point& point, const TraceHeader& header, const std::string& trace_identity);
 
 /// The text whose hash is the run id: what is computed, on which trace.

@@ -193,7 +193,7 @@ void set_failed(Row& row, const std::string& error, int code) {
 void add_result(Row& row, const Point& point, const TraceHeader& header, const ReplayResult& result,
                 const Metrics& metrics, const NoiseFloor& floor, const RunCost& cost) {
   add_errors(row, metrics, floor);
-  add_held(row, held_of(result, header, slot_bytes(header, *point.entry, point.policy->traits())));
+  add_held(row, held_of(result, header, slot_bytes(header, *point.entry, point.policy->traits(), point.positions)));
   row["count.evictions"] = result.evictions;
   row["count.merges"] = result.merges;
   row["count.lost_in_folds"] = result.lost_in_folds;

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/policy.hpp"
@@ -11,6 +12,7 @@ namespace kv {
 
 /// One head's cache and what its hooks are told; host memory.
 struct HookInputs {
+  std::vector<std::pair<std::string, Value>> parameters;  // that differ from the policy's defaults
   HeadInfo head;
   Moment moment;
   std::vector<float> keys, values;                    // [slots][key_dim], [slots][value_dim]
@@ -35,8 +37,8 @@ struct HookOutputs {
   std::vector<float> weights;    // [slots] key_weight of channel 0, 0 without one
 };
 
-/// Appends all slots, observes, probes, scores, selects and plans merges with the default parameters of policy `name`, on the current
-/// device. Throws CudaError, ConfigError for an unknown name.
+/// Appends all slots, observes, probes, scores, selects and plans merges with policy `name`, on the current device. Throws
+/// CudaError, ConfigError for an unknown name.
 HookOutputs run_hooks_on_device(const std::string& name, const HookInputs& inputs);
 
 /// True when a device can run what was compiled.

@@ -170,8 +170,12 @@ HookOutputs run_hooks(const HookInputs& in) {
   sight.kept = kept.data(), sight.target = target.data(), sight.similarity = similarity.data();
   sight.key_gradient = gradient.data(), sight.query_mean = mean.data(), sight.query_covariance = covariance.data();
   sight.future_mass = future.data(), sight.output_norm = norm.data();
+  P policy;
+  for (const Field& field : fields_of(policy))
+    for (const auto& [name, value] : in.parameters)
+      if (field.name == name) field.set(value);
   hook_kernel<P>
-      <<<1, 256>>>(P{}, head, sight, DeviceOutputs{bias.data(), folds.data(), targets.data(), weights.data()});
+      <<<1, 256>>>(policy, head, sight, DeviceOutputs{bias.data(), folds.data(), targets.data(), weights.data()});
   KV_CUDA_TRY(cudaGetLastError());
   KV_CUDA_TRY(cudaDeviceSynchronize());
   return {score.to_host(), bias.to_host(), folds.to_host(), targets.to_host(), weights.to_host()};

@@ -1,5 +1,5 @@
-// What KVSlimmer, AsymKV and their control share: the mass of slots under an incoming block's queries, the links that it
-// scores, and values that stand for all their tokens (kvslimmer-asymkv 2.3, 2.5 and 3.4).
+// What KVSlimmer, AsymKV and their control share: the mass of slots under an incoming block's queries, the links that
+// it scores, and values that stand for all their tokens (kvslimmer-asymkv 2.3, 2.5 and 3.4).
 #pragma once
 #include "policies/policy.hpp"
 
@@ -13,9 +13,8 @@ struct AdjacentLinks : Policy {
   bool merge = true;
   void describe_links(auto& field) {
     field("picks", picks, Choices{"disjoint", "faithful", "fold"},
-          "which links join: those that share no slot, in rounds; the lowest at once, losing tokens where they "
-          "overlap, as "
-          "released; the lowest at once, a run becoming one slot");
+          "the lowest links that share no slot, in rounds; the lowest at once, losing tokens where they overlap "
+          "(released); the lowest at once, a run becoming one slot whose key is weighted by mass");
     field("sinks", sinks, Range{0, 1 << 20}, "first slots that never join");
     field("decay_tokens", decay_tokens, Range{0, 1e9},
           "the links of newer slots join earlier by exp(-slots / this); 0 = off");

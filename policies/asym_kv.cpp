@@ -1,5 +1,5 @@
-// AsymKV: adjacent keys join where the next block needs them least, each channel weighted by its squared gradient of the
-// block's loss; values add up and slots count their tokens (kvslimmer-asymkv 2; with a surrogate gradient it is not
+// AsymKV: adjacent keys join where the next block needs them least, each channel weighted by its squared gradient of
+// the block's loss; values add up and slots count their tokens (kvslimmer-asymkv 2; with a surrogate gradient it is not
 // AsymKV's own weights, and every row says so).
 #include "policies/adjacent_links.hpp"
 

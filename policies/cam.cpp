@@ -1,5 +1,6 @@
-// CaM, cache merging: a host policy names the victim; with a probability that grows with its attention its value is spread
-// evenly over the next kept slots, its key goes (merge-methods 3). Decode only: the prompt is the host's plain eviction.
+// CaM, cache merging: a host policy names the victim; with a probability that grows with its attention its value is
+// spread evenly over the next kept slots, its key goes (merge-methods 3). Decode only: the prompt is the host's plain
+// eviction.
 #include "policies/policy.hpp"
 
 namespace {

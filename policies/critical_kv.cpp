@@ -26,7 +26,8 @@ struct CriticalKV : kv::Policy {
 
   KV_HD kv::Traits traits() const {
     return {.observation_window = base == Base::snapkv ? window : 0,
-            .observes_prompt = base == Base::h2o,
+            .observes = base == Base::h2o,
+            .keeps_state = base == Base::h2o,
             .output_norm = true};
   }
   KV_HD void on_attention(auto slot, auto seen) const { slot.state.mass += seen.mean(); }

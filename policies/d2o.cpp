@@ -1,5 +1,5 @@
-// D2O, dynamic discriminative operations (token level): what H2O evicts joins its most similar kept key if it is similar
-// enough; the threshold follows the mean similarity of the victims (merge-methods 4, uniform layer budgets).
+// D2O, dynamic discriminative operations (token level): what H2O evicts joins its most similar kept key if it is
+// similar enough; the threshold follows the mean similarity of the victims (merge-methods 4, uniform layer budgets).
 #include "policies/policy.hpp"
 
 namespace {

@@ -1,5 +1,5 @@
-// Expected Attention: the queries so far, taken as Gaussian and rotated to the positions to come, say how much attention a
-// key can expect; times the norm of its value (eviction-methods 3.12).
+// Expected Attention: the queries so far, taken as Gaussian and rotated to the positions to come, say how much
+// attention a key can expect; times the norm of its value (eviction-methods 3.12).
 #include "policies/policy.hpp"
 
 namespace {
@@ -45,16 +45,16 @@ struct ExpectedAttention : kv::Policy {
   }
 
  private:
-  /// log E exp(q.k / sqrt d) for Gaussian q.
+  /// log E exp(scale q.k) for Gaussian q.
   KV_HD float expected(auto& head, int s, int g) const {
     const int d = head.info().key_dim;
     const kv::RowTeam row{};
-    const float mean = row.dot(head.key(s), {head.query_mean(g), d}) / std::sqrt(static_cast<float>(d));
+    const float scale = head.info().scale, mean = scale * row.dot(head.key(s), {head.query_mean(g), d});
     if (!covariance) return mean;
     float variance = 0;
     for (int c = 0; c < d; ++c)
       variance += head.key(s)[c] * row.dot(head.key(s), {head.query_covariance(g) + c * d, d});
-    return mean + variance / static_cast<float>(2 * d);
+    return mean + scale * scale * variance / 2;
   }
 };
 KV_REGISTER(ExpectedAttention);

@@ -1,6 +1,7 @@
-// KeepKV: what H2O evicts joins its most similar kept key so that the present query's output does not change: slots carry
-// votes (log votes enter the softmax), and the merged key is stretched to keep the summed attention (merge-methods 5.1).
-// The paper averages attention over past steps with constants that it does not print; this is its exact one-step form.
+// KeepKV: what H2O evicts joins its most similar kept key so that the present query's output does not change: slots
+// carry votes (log votes enter the softmax), and the merged key is stretched to keep the summed attention
+// (merge-methods 5.1). The paper averages attention over past steps with constants that it does not print; this is its
+// exact one-step form.
 #include "policies/policy.hpp"
 
 namespace {
@@ -34,18 +35,23 @@ struct KeepKV : kv::Policy {
   KV_HD kv::Fold on_merge(auto& head, int victim) const {
     if (!(head.similarity(victim) > static_cast<float>(threshold))) return {};
     const int to = head.target(victim);
-    // w = votes x exp(z), both times exp(-z of the target): only ratios matter, and nothing overflows.
-    const float z = head.seen(victim).mean(), more = z - head.seen(to).mean();
-    const float w = static_cast<float>(head.multiplicity(victim)) * kv::exp(more < 60 ? more : 60.f);
-    const auto own = static_cast<float>(head.multiplicity(to));
+    // w = votes x exp(z), both times exp(-z of the target): only ratios matter, and nothing overflows. What the query
+    // cannot see has next to no weight.
+    const float z = head.seen(victim).mean(), more = z - base(head, to);
+    const float s = head.visible(victim) ? kv::exp(more < 60 ? more : 60.f) : 1e-30f;
+    const float w = static_cast<float>(head.multiplicity(victim)) * s;
+    const float own = static_cast<float>(head.multiplicity(to)) * (head.visible(to) ? 1.f : 1e-30f);
     return {.target = to, .key = w, .value = w, .own_key = own, .own_value = own, .extra = w * z};
   }
   KV_HD void on_target(auto& head, int target, kv::FoldTarget& sum) const {
-    const float z = head.seen(target).mean(), total = sum.own_value + sum.value;
+    const float z = base(head, target), total = sum.own_value + sum.value;
     const float mean_z = (sum.own_value * z + sum.extra) / total;
     const float stretch = (kv::log(total / static_cast<float>(sum.multiplicity)) + z) / mean_z;
-    if (stretch >= 0.5f && stretch <= 2) sum.key_divisor = total / stretch;  // else singular: the convex key
+    if (stretch >= 0.9f && stretch <= 1.1f) sum.key_divisor = total / stretch;  // else singular: the convex key
   }
+
+ private:
+  KV_HD static float base(auto& head, int target) { return head.visible(target) ? head.seen(target).mean() : 0.f; }
 };
 KV_REGISTER(KeepKV);
 

@@ -1,6 +1,6 @@
-// KVSlimmer: as AsymKV, but keys are weighted by attention mass times value deviation, without gradients: (H11 + H12) k1 +
-// (H12 + H22) k2 with |c11|, |c22|, |c12| for second derivatives (kvslimmer-asymkv 3). `released`: the authors' code (L1, value
-// sums, a bound for |c12|); `paper`: L2 on value sums; `consistent`: L2 on the mean values that slots stand for.
+// KVSlimmer: as AsymKV, but keys are weighted by attention mass times value deviation: (H11 + H12) k1 + (H12 + H22) k2 with
+// |c11|, |c22|, |c12| for second derivatives (kvslimmer-asymkv 3). `released`: the authors' code (L1, value sums, a bound for
+// |c12|); `paper`: L2 on value sums; `consistent`: L2 on the mean values that slots stand for.
 #include "policies/adjacent_links.hpp"
 
 namespace {
@@ -27,7 +27,8 @@ struct KVSlimmer : kv::AdjacentLinks {
 
   KV_HD kv::Traits traits() const {
     kv::Traits traits = link_traits();
-    traits.probe = smoothing ? kv::Probe::always : kv::Probe::due, traits.value_vector = true;
+    traits.value_vector = true, traits.keeps_state = smoothing;
+    if (smoothing) traits.probe = kv::Probe::always;
     return traits;
   }
   KV_HD void on_probe(auto team, auto& head) const {
@@ -52,12 +53,11 @@ struct KVSlimmer : kv::AdjacentLinks {
   }
   KV_HD kv::Fold on_merge(auto& head, int victim) const {
     kv::Fold plan = link_fold(head, victim);
-    const int to = plan.target;
-    const float a1 = head.scratch(to).alpha, a2 = head.scratch(victim).alpha, *o = head.value_vector();
-    const float h1 = head.state(to).h, h2 = head.state(victim).h;
-    plan.own_key = a1, plan.key = a2;  // picks fold: a left fold in which mass accumulates
+    const float a1 = head.scratch(plan.target).alpha, a2 = head.scratch(victim).alpha, *o = head.value_vector();
+    const float h1 = head.state(plan.target).h, h2 = head.state(victim).h;
+    plan.own_key = a1 + 1e-21f, plan.key = a2 + 1e-21f;  // picks fold: a left fold in which mass accumulates
     if (picks == kv::Picks::fold) return plan;
-    const auto both = [&](int c) { return value(head, to, c) + value(head, victim, c) - 2 * o[c]; };
+    const auto both = [&](int c) { return value(head, plan.target, c) + value(head, victim, c) - 2 * o[c]; };
     const auto deviation = [](float a, float h) { return h / (a * (1 - 2 * a) + 1e-21f); };
     const float h12 = a1 * a2 * (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2) : norm(head, both));
     plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
@@ -68,7 +68,7 @@ struct KVSlimmer : kv::AdjacentLinks {
   }
   KV_HD void on_target(auto& head, int target, kv::FoldTarget& sum) const {
     AdjacentLinks::on_target(head, target, sum);
-    if (guard == Guard::none || picks == kv::Picks::fold) sum.key_divisor += 1e-21f;
+    if (guard == Guard::none && picks != kv::Picks::fold) sum.key_divisor += 1e-21f;
   }
   KV_HD void on_fold(Slot& into, const Slot& from, const kv::Fold& plan) const {
     const float sum = plan.own_key + plan.key + 1e-21f, a = plan.own_key / sum, b = plan.key / sum;

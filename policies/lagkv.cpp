@@ -1,5 +1,5 @@
-// LagKV: a token stays when its key and value stand out of the range of the next block of tokens. No queries are looked at
-// (eviction-methods 3.14, kvpress's form).
+// LagKV: a token stays when its key and value stand out of the range of the next block of tokens. No queries are looked
+// at (eviction-methods 3.14, kvpress's form).
 #include "policies/policy.hpp"
 
 namespace {

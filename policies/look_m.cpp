@@ -1,4 +1,5 @@
-// LOOK-M in its text form: every victim of H2O joins its most similar kept key, whatever the similarity (merge-methods 5.3).
+// LOOK-M in its text form: every victim of H2O joins its most similar kept key, whatever the similarity (merge-methods
+// 5.3).
 #include "policies/policy.hpp"
 
 namespace {

@@ -76,7 +76,8 @@ struct RowTeam {
   KV_HD float dot(Row a, Row b) const {
     float chunk[max_chunks] = {};
     const int chunks = (a.dim + 7) / 8;
-    if (a.dim % 8 == 0 && chunks <= max_chunks)  // channel by channel of all chunks at once: a vector loop, the same sums
+    if (a.dim % 8 == 0 &&
+        chunks <= max_chunks)  // channel by channel of all chunks at once: a vector loop, the same sums
       for (int c = 0; c < 8; ++c)
         for (int i = 0; i < chunks; ++i) chunk[i] += a.data[8 * i + c] * b.data[8 * i + c];
     else
@@ -88,7 +89,8 @@ struct RowTeam {
   /// Of the angle between two rows; 0 when one is zero.
   KV_HD float cosine(Row a, Row b) const {
     const float norms = std::sqrt(dot(a, a)) * std::sqrt(dot(b, b));
-    return norms > 0 ? dot(a, b) / norms : 0.f;
+    const float cosine = norms > 0 ? dot(a, b) / norms : 0.f;
+    return cosine > 1 ? 1.f : cosine < -1 ? -1.f : cosine;  // rounding may go beyond
   }
   KV_HD float distance(Row a, Row b) const {
     float sum = 0;
@@ -162,6 +164,8 @@ struct HeadView {
   KV_HD int token(int s) const { return token_[s]; }
   KV_HD int age(int s) const { return moment_.now - token_[s]; }
   KV_HD int multiplicity(int s) const { return multiplicity_[s]; }
+  /// Whether the newest query can see the slot: false beyond a sliding window.
+  KV_HD bool visible(int s) const { return info_->window == 0 || age(s) < info_->window; }
   /// The slot `k` places to the right of s in token order (left when negative), or -1 beyond the ends.
   KV_HD int neighbour(int s, int k) const {
     const int place = rank_[s] + k;
@@ -173,8 +177,8 @@ struct HeadView {
   KV_HD int at(int place) const { return order_[place]; }
   KV_HD State& state(int s) const { return state_[s]; }
   KV_HD HeadState& shared() const { return *head_state_; }
-  /// The policy's Scratch of a slot: kept from on_probe or scoring to the plans of the same compression, and not a byte of
-  /// the cache.
+  /// The policy's Scratch of a slot: kept from on_probe or scoring to the plans of the same compression, and not a byte
+  /// of the cache.
   KV_HD Scratch& scratch(int s) const { return scratch_[s]; }
   /// Rotated at its own position under positions `absolute`, unrotated otherwise.
   KV_HD Row key(int s) const { return {keys_ + static_cast<long>(s) * info_->key_dim, info_->key_dim}; }
@@ -203,8 +207,8 @@ struct HeadView {
   KV_HD bool kept(int s) const {
     return KV_NEEDS(sight_.kept, "head.kept() is known from on_selected on"), sight_.kept[s] != 0;
   }
-  /// Where a victim belongs: under links the left slot of its link (picks fold: the slot that its run becomes), with the
-  /// trait nearest the most similar slot; -1 of slots that stay. From on_selected on.
+  /// Where a victim belongs: under links the left slot of its link (picks fold: the slot that its run becomes), with
+  /// the trait nearest the most similar slot; -1 of slots that stay. From on_selected on.
   KV_HD int target(int s) const {
     return KV_NEEDS(sight_.target, "head.target() is known from on_selected on"), sight_.target[s];
   }

@@ -1,5 +1,5 @@
-// ZSMerge: beside the best and the newest tokens a few residual slots gather the rest, counting their tokens in the softmax
-// with a damped bias (merge-methods 5.5).
+// ZSMerge: beside the best and the newest tokens a few residual slots gather the rest, counting their tokens in the
+// softmax with a damped bias (merge-methods 5.5).
 #include "policies/policy.hpp"
 
 namespace {

@@ -154,6 +154,7 @@ MADE_VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("zsmerge", {"dense": 2}),
     ("lagkv", {"sinks": 2, "lag": 6}),
     ("critical_kv", {"base": "h2o"}),
+    ("expected_attention", {"sinks": 2, "future": 16}),
     ("r_kv", {"window": 4, "kernel": 3, "interval": 5}),
     ("oracle_mass", {}),
 )

@@ -12,7 +12,7 @@ from oracle_heads import Head
 from oracle_layers import View
 from oracle_policies import Verdict, _unit, share
 
-STRETCH = (0.5, 2.0)     # of KeepKV's keys; beyond, the convex key
+STRETCH = (0.9, 1.1)     # of KeepKV's keys; beyond, the convex key
 
 
 def no_slots(view: View) -> np.ndarray:
@@ -118,8 +118,8 @@ def keepkv_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
         view.note(value, view.params["threshold"])
     rows = view.layer.rows(view.now, view.now + 1)
     window = view.layer.trace.window[view.layer.index]
-    seen = (window == 0) | (view.now - head.token < window)     # what the query cannot see has no logit to sum: 0
-    logit = np.where(seen, view.layer.logits(head, rows)[:, 0].mean(axis=0), 0.0)
+    seen = (window == 0) | (view.now - head.token < window)     # what the query cannot see has no weight
+    logit = np.where(seen, view.layer.logits(head, rows)[:, 0].mean(axis=0), -np.inf)
     for slot, at in by_target(victims[merged], target[merged]):
         members = np.concatenate([[slot], victims[merged][at]])
         stretch = keepkv_stretch(head.multiplicity[members], logit[members])
@@ -134,7 +134,7 @@ def keepkv_fold(view: View, keep: np.ndarray, victims: np.ndarray) -> None:
 def keepkv_row(head: Head, members: np.ndarray, logit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Key and value of a merged slot; the key's length keeps the parts' joint mass unless that is out of reach."""
     votes = head.multiplicity[members]
-    convex = votes * np.exp(logit - logit.max())
+    convex = votes * attention_of(logit)
     convex = convex / convex.sum()
     stretch = keepkv_stretch(votes, logit)
     if not STRETCH[0] <= stretch <= STRETCH[1]:
@@ -142,10 +142,17 @@ def keepkv_row(head: Head, members: np.ndarray, logit: np.ndarray) -> tuple[np.n
     return stretch * (convex @ head.key[members]), convex @ head.value[members]
 
 
+def attention_of(logit: np.ndarray) -> np.ndarray:
+    """exp(logit) up to a factor; all alike when the query sees none."""
+    return np.exp(logit - logit.max()) if np.isfinite(logit.max()) else np.ones_like(logit)
+
+
 def keepkv_stretch(votes: np.ndarray, logit: np.ndarray) -> float:
     """How much longer than the convex key: log of the mean weight over the weighted mean logit."""
-    weight = votes * np.exp(logit - logit.max())
-    mean = float(weight @ logit / weight.sum())
+    if not np.isfinite(logit.max()):
+        return math.inf
+    weight = votes * attention_of(logit)
+    mean = float(weight @ np.where(np.isfinite(logit), logit, 0.0) / weight.sum())
     return (math.log(weight.sum() / votes.sum()) + logit.max()) / mean if mean else math.inf
 
 

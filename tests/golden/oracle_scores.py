@@ -79,7 +79,7 @@ def expected_attention(view: View) -> Verdict:
         raise ValueError("expected_attention needs queries stored before rotation and absolute positions")
     seen = (trace.row_token >= p["sinks"]) & (trace.row_token <= view.now)
     queries = trace.q[layer.index].reshape(len(layer.heads), trace.group, *trace.q.shape[2:])[head.index][:, seen]
-    turn = mean_rotation(trace.rope, head.key.shape[1], view.now + 1, p["future"])
+    turn = mean_rotation(trace.rope, head.key.shape[1], int(trace.position[view.now]) + 1, p["future"])
     sinks = head.token < p["sinks"]
     masses = []
     for query in queries.astype(np.float64):

@@ -23,7 +23,7 @@ HookInputs random_inputs(const Shape& shape, std::uint64_t seed) {
   const auto n = static_cast<std::size_t>(shape.slots), d = static_cast<std::size_t>(shape.dim),
              g = static_cast<std::size_t>(shape.group);
   HookInputs in;
-  in.head = {5, 1, shape.group, shape.dim, shape.dim, std::max(1, shape.slots / 2), shape.slots, 7};
+  in.head = {5, 1, shape.group, shape.dim, shape.dim, std::max(1, shape.slots / 2), shape.slots, 7, 0.25f, 0};
   in.keys.resize(n * d), in.values.resize(n * d), in.sums.resize(n * g);
   for (auto* rows : {&in.keys, &in.values}) std::generate(rows->begin(), rows->end(), [&] { return normal(random); });
   for (float& mass : in.sums) mass = std::abs(normal(random));
@@ -80,7 +80,11 @@ HookInputs in_order(const HookInputs& in) {
 /// The hooks on the CPU, for inputs in order.
 HookOutputs run_on_cpu(const PolicyEntry& entry, HookInputs in) {
   const auto n = static_cast<std::size_t>(in.slots());
-  const auto program = entry.make()->bind(in.head);
+  const auto policy = entry.make();
+  for (const Field& field : policy->fields())
+    for (const auto& [name, value] : in.parameters)
+      if (field.name == name) field.set(value);
+  const auto program = policy->bind(in.head);
   Cache cache(in.head.key_dim, in.head.value_dim, in.moment.now + 1, in.slots());
   for (int s = 0; s < in.slots(); ++s) {
     cache.append(in.token[static_cast<std::size_t>(s)], in.keys.data() + s * in.head.key_dim,
@@ -142,25 +146,40 @@ void expect_same(const HookOutputs& cpu, const HookOutputs& gpu, const std::vect
   }
 }
 
+/// Every choice and switch of a policy's parameters, one at a time; the defaults first.
+std::vector<std::vector<std::pair<std::string, Value>>> variants(const PolicyEntry& entry) {
+  std::vector<std::vector<std::pair<std::string, Value>>> all{{}};
+  const auto policy = entry.make();
+  for (const Field& field : policy->fields()) {
+    for (const std::string& choice : field.choices) all.push_back({{field.name, choice}});
+    if (field.type == "bool") all.push_back({{field.name, !std::get<bool>(field.get())}});
+    if (field.type == "int" && field.low <= 3 && field.high >= 3) all.push_back({{field.name, std::int64_t{3}}});
+  }
+  return all;
+}
+
 TEST_P(HookParity, TheGpuAnswersAsTheCpu) {
   if (!has_device()) GTEST_SKIP() << "no CUDA device";
   const PolicyEntry& entry = find_policy(GetParam());
-  const Traits traits = entry.make()->traits();
-  // A vector that rows add to as they come: the order of arrival is part of the input.
-  const bool arrival = traits.key_probe;
-  for (const Shape shape :
-       {Shape{1, 1, 64}, {31, 3, 64}, {33, 4, 80}, {127, 8, 96}, {257, 1, 128}, {1000, 3, 128}, {300, 2, 6}}) {
-    SCOPED_TRACE(fmt::format("{} slots, group {}, d {}", shape.slots, shape.group, shape.dim));
-    HookInputs in = random_inputs(shape, 11);
-    choose(in);
-    if (arrival) in = in_order(in);
-    const HookOutputs cpu = run_on_cpu(entry, in_order(in)), gpu = run_hooks_on_device(GetParam(), in),
-                      again = run_hooks_on_device(GetParam(), in);
-    expect_same(cpu, gpu, in.order, in.rank);
-    std::vector<int> same(in.token.size());
-    std::iota(same.begin(), same.end(), 0);
-    expect_same(gpu, again, same, same);
-  }
+  for (const auto& parameters : variants(entry))
+    for (const Shape shape :
+         {Shape{1, 1, 64}, {31, 3, 64}, {33, 4, 80}, {127, 8, 96}, {257, 1, 128}, {1000, 3, 128}, {300, 2, 6}}) {
+      if (!parameters.empty() && shape.slots > 300) continue;  // the largest with the defaults only
+      SCOPED_TRACE(fmt::format("{} {}, {} slots, group {}, d {}", parameters.empty() ? "" : parameters[0].first,
+                               parameters.empty() ? "" : to_text(parameters[0].second), shape.slots, shape.group,
+                               shape.dim));
+      HookInputs in = random_inputs(shape, 11);
+      in.parameters = parameters;
+      choose(in);
+      // A vector that rows add to as they come: the order of arrival is part of the input.
+      if (entry.make()->traits().key_probe) in = in_order(in);
+      const HookOutputs cpu = run_on_cpu(entry, in_order(in)), gpu = run_hooks_on_device(GetParam(), in),
+                        again = run_hooks_on_device(GetParam(), in);
+      expect_same(cpu, gpu, in.order, in.rank);
+      std::vector<int> same(in.token.size());
+      std::iota(same.begin(), same.end(), 0);
+      expect_same(gpu, again, same, same);
+    }
 }
 
 std::vector<std::string> names() {

@@ -229,7 +229,7 @@ TEST_P(Defaults, ScalingValuesChangesNoKeptSet) {
 }
 
 TEST_P(Property, MetricsAreFinite) {
-  for (const Positions positions : {Positions::absolute, Positions::cache}) {
+  for (const Positions positions : {Positions::absolute, Positions::cache, Positions::span}) {
     const ReplaySettings s = settings(3, 1, Compress::always, positions);
     if (!possible(s)) continue;
     const ReplayResult r = run(s);
@@ -250,6 +250,26 @@ TEST_P(Property, TimedPassesRepeatTheCheckedOne) {
     ASSERT_EQ(phase.size(), 20u);
     for (const double us : phase) EXPECT_TRUE(us >= 0 && us < 1e7);
   }
+}
+
+TEST_P(Defaults, AllocationsSpreadTheBudgetExactly) {
+  if (!needs_budget() || probes() || policy->traits().interval > 1)
+    GTEST_SKIP() << "holds more than its budget at the end";
+  for (const Allocation::Kind kind : {Allocation::Kind::pyramid, Allocation::Kind::adaptive})
+    for (const int budget : {1, 2, 9}) {
+      ReplaySettings s = settings(budget, 7);
+      s.allocation = {kind, 20, 0.2}, s.protect = {1, 2};
+      if (!possible(s)) continue;
+      const ReplayResult r = run(s);
+      int layer0 = 0, all = 0;
+      for (std::size_t h = 0; h < r.final_slots.size(); ++h) {
+        EXPECT_GE(r.final_slots[h], 1);
+        all += r.final_slots[h], layer0 += h < 2 ? r.final_slots[h] : 0;
+        EXPECT_TRUE(r.final_slots[h] <= 2 || r.final_position[h].back() == 59) << "protected";
+      }
+      EXPECT_EQ(all, 4 * budget) << budget;
+      EXPECT_TRUE(kind != Allocation::Kind::adaptive || layer0 == 2 * budget) << layer0;
+    }
 }
 
 /// Merges that are plain weighted means preserve what all values share; these say that they are.

@@ -1,4 +1,5 @@
-// The golden counts of eviction-methods G6 (PyramidKV, exact form) and G7 (Ada-KV, forced), and what must hold beyond them.
+// The golden counts of eviction-methods G6 (PyramidKV, exact form) and G7 (Ada-KV, forced), and what must hold beyond
+// them.
 #include "core/allocation.hpp"
 
 #include <gtest/gtest.h>

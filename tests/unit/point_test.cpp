@@ -159,9 +159,13 @@ TEST(Point, ThresholdsAndBudgetsExcludeEachOther) {
   EXPECT_EQ(value(exact, "policy.threshold"), "exact");
   const Point threshold = point_of("policy: {name: kv_merger, threshold: 0.75}\n");
   EXPECT_EQ(value(threshold, "policy.threshold"), "0.75");
-  EXPECT_EQ(
-      error_of("policy: {name: kv_merger, threshold: 0.75}\nbudget: 50%\n"),
-      "c.yaml:3: budget: policy kv_merger decides by a threshold how much stays; drop the budget, or let it be exact");
+  EXPECT_EQ(value(threshold, "budget"), "none");
+  EXPECT_EQ(value(point_of("policy: {name: kv_merger, threshold: 0.75}\nbudget: none\n"), "budget"), "none");
+  EXPECT_EQ(error_of("policy: h2o\nbudget: none\n"),
+            "c.yaml:2: budget: missing; policy h2o needs one, such as 'budget: 25%'");
+  EXPECT_EQ(error_of("policy: {name: kv_merger, threshold: 0.75}\nbudget: 50%\n"),
+            "c.yaml:3: budget: policy kv_merger decides by a threshold how much stays; say 'budget: none', or let it "
+            "be exact");
   EXPECT_EQ(error_of("policy: {name: kv_merger, threshold: exat}\nbudget: 50%\n"),
             "c.yaml:2: policy.threshold: expected number in [-1, 1] or exact, got 'exat'; did you mean 'exact'?");
 }
