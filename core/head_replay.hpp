@@ -119,23 +119,23 @@ class HeadReplay {
   /// Whether what the policy sees in this phase can still matter: without compression in decode it stops watching
   /// there.
   bool watches(Phase phase) const;
-  std::vector<int> places() const;
+  std::vector<int> places() const;  // [slots] where a slot's key is rotated to, unless positions are absolute
   std::vector<float> queries(const std::vector<int>& tokens) const;
-  AttentionKeys attention_keys();
+  AttentionKeys attention_keys();  // also fills bias_ and slot_rotated_
   Attended attend(const Look& look);
-  Observation gather(int rows);
+  Observation gather(int rows);  // sums_ as hooks read them, in observed_
   void add_statistics(const BlockRange& block);
 
   void add_gradient(const AttentionTile& tile, const Look& look, const std::vector<float>& q);
   void rotate_gradient_back();
 
-  void measure(const std::vector<int>& tokens, const std::vector<int>& measured, const Attended& attended);
+  void measure(const std::vector<int>& rows, const std::vector<int>& measured, const Attended& attended);
   void measure_mass(const AttentionTile& tile, const std::vector<int>& tokens);
   std::vector<int> lost_tokens() const;
   void full_probabilities(const std::vector<int>& tokens, int query_token, int query_head, double full_lse,
                           std::vector<double>& p) const;
 
-  void look_ahead();
+  void look_ahead();  // fills sight_ with what policies know of queries to come
   void find_targets(const std::vector<std::uint8_t>& kept);
   void find_nearest();
   std::vector<int> victims(const Candidates& candidates) const;

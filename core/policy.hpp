@@ -63,8 +63,7 @@ struct Traits {
   bool one_at_a_time = false;   // merges: victims go one by one, each plan sees the folds before it
   Select select = Select::slots;
   Picks picks = Picks::disjoint;
-  float every_link_below =
-      -INFINITY;  // above it: no budget; every link that scores lower is picked, once a prompt block
+  float every_link_below = -INFINITY;  // finite: no budget; every link that scores lower joins, once a prompt block
   Probe probe = Probe::none;
   Nearest nearest = Nearest::none;
   int clip = 0;                                  // multiplicities are cut to this; 0 = never

@@ -6,6 +6,7 @@
 #include <random>
 #include <set>
 
+#include "core/error.hpp"
 #include "core/metrics.hpp"
 #include "tests/synthetic.hpp"
 
@@ -24,7 +25,7 @@ class Dice {
   }
   Value value_of(const Field& field) {
     if (field.type == "bool") return between(0, 1) == 1;
-    if (field.type == "choice")
+    if (!field.choices.empty() && (field.type == "choice" || between(0, 1) == 1))  // a number may also be a word
       return field.choices[static_cast<std::size_t>(between(0, static_cast<int>(field.choices.size()) - 1))];
     if (field.type == "int")
       return std::int64_t{between(static_cast<int>(field.low), static_cast<int>(std::min(field.high, field.low + 20)))};
@@ -43,46 +44,65 @@ test::Shape random_shape(Dice& dice) {
   s.dtype = dice.one_of({Dtype::float16, Dtype::bfloat16, Dtype::float32});
   s.rope = dice.between(0, 3) > 0, s.style = dice.one_of({RopeStyle::half, RopeStyle::interleaved});
   s.window = dice.one_of({0, 1, 7, 30}), s.softcap = dice.one_of({0.0, 30.0});
-  s.sink_logit = dice.between(0, 1) == 1, s.wo = dice.between(0, 2) == 0;
+  s.sink_logit = dice.between(0, 1) == 1, s.wo = dice.between(0, 2) > 0, s.e = dice.between(0, 2) > 0;
   return s;
 }
 
-void check(const test::Shape& shape, Session& session, Dice& dice) {
+/// False when the trace lacks what the policy needs, or the policy cannot do this: a ConfigError before anything runs.
+bool possible(const Session& session, const PolicyEntry& entry, const BoundPolicy& policy, const ReplaySettings& s) {
+  try {
+    check_point(session.header(), entry, policy, s);
+    return true;
+  } catch (const ConfigError&) {
+    return false;
+  }
+}
+
+/// Runs one random point; false when it was impossible.
+bool ran(const test::Shape& shape, Session& session, Dice& dice) {
   const PolicyEntry& entry =
       policies()[static_cast<std::size_t>(dice.between(0, static_cast<int>(policies().size()) - 1))];
   const auto policy = entry.make();
   std::string label = entry.doc.name;
   for (const Field& field : policy->fields()) {
-    field.set(dice.value_of(field));
+    field.set(field.name == "guard" ? Value("clamp") : dice.value_of(field));  // unguarded weights may overflow
     label += fmt::format(" {}={}", field.name, to_text(field.get()));
   }
   ReplaySettings s;
-  s.budget = dice.between(1, shape.tokens + 5), s.block = {dice.one_of({0, 1, 5, 64})};
+  const Traits traits = policy->traits();
+  s.budget = traits.needs_budget() ? dice.between(1, shape.tokens + 5) : shape.tokens,
+  s.block = {dice.one_of({0, 1, 5, 64})};
   s.compress = dice.one_of({Compress::prompt, Compress::always}),
-  s.positions = dice.one_of({Positions::absolute, Positions::cache});
+  s.positions = dice.one_of({Positions::absolute, Positions::cache, Positions::span});
+  const bool uniform = dice.between(0, 3) > 0;
+  if (!uniform) s.allocation.kind = dice.one_of({Allocation::Kind::pyramid, Allocation::Kind::adaptive});
+  if (traits.probe != Probe::none) s.compress = Compress::prompt;
   s.measured = parse_measure("all", shape.tokens, shape.prompt_tokens);
   s.protect = {dice.one_of({0, 0, 3}), dice.one_of({0, 0, 4})};
   s.seed = static_cast<std::uint64_t>(dice.between(0, 9)), s.timing_repeats = dice.between(0, 5) == 0;
   SCOPED_TRACE(fmt::format("{} budget={} block={} {} {} protect={},{}", label, s.budget, name_of(s.block),
                            name_of(s.compress), name_of(s.positions), s.protect.sinks, s.protect.recent));
+  if (!possible(session, entry, *policy, s)) return false;
   const ReplayResult r = replay(session, entry, *policy, s);
+  const bool plain = traits.needs_budget() && traits.interval == 1 && traits.probe == Probe::none && uniform;
   for (std::size_t h = 0; h < r.final_position.size(); ++h) {
     const auto& kept = r.final_position[h];
-    ASSERT_EQ(std::set<std::int64_t>(kept.begin(), kept.end()).size(), static_cast<std::size_t>(r.final_slots[h]));
-    ASSERT_TRUE(std::is_sorted(kept.begin(), kept.end()));
-    ASSERT_TRUE(!policy->traits().compresses || s.compress == Compress::prompt || r.final_slots[h] <= s.budget);
+    EXPECT_EQ(std::set<std::int64_t>(kept.begin(), kept.end()).size(), static_cast<std::size_t>(r.final_slots[h]));
+    EXPECT_TRUE(std::is_sorted(kept.begin(), kept.end()));
+    EXPECT_TRUE(!plain || s.compress == Compress::prompt || r.final_slots[h] <= s.budget);
   }
   for (std::size_t i = 0; i < r.error2.size(); ++i) {
-    ASSERT_TRUE(r.error2[i] >= 0 && std::isfinite(r.error2[i]));
-    ASSERT_TRUE(r.lost_mass[i] >= 0 && r.lost_mass[i] <= 1 + 1e-5) << r.lost_mass[i];
+    EXPECT_TRUE(r.error2[i] >= 0 && std::isfinite(r.error2[i]));
+    EXPECT_TRUE(r.lost_mass[i] >= 0 && r.lost_mass[i] <= 1 + 1e-5) << r.lost_mass[i];
   }
-  const bool over =
-      policy->traits().compresses && (s.compress == Compress::always ? shape.tokens : shape.prompt_tokens) > s.budget;
-  ASSERT_EQ(r.compressions > 0, over);
-  ASSERT_TRUE(over || metrics_of(r).rel_l2.max.value_or(0) <= 1e-4);
+  const bool over = (s.compress == Compress::always ? shape.tokens : shape.prompt_tokens) > s.budget;
+  EXPECT_TRUE(!plain || (r.compressions > 0) == over);
+  EXPECT_TRUE(r.evictions + r.merges > 0 || metrics_of(r).nmse.value_or(0) <= 2e-6) << metrics_of(r).nmse.value_or(0);
+  return true;
 }
 
 TEST(SweepFuzz, TwoHundredRandomShapesHoldTheInvariants) {
+  int points = 0;
   for (std::uint64_t seed = 0; seed < 200; ++seed) {
     Dice dice(seed);
     const test::Shape shape = random_shape(dice);
@@ -90,10 +110,11 @@ TEST(SweepFuzz, TwoHundredRandomShapesHoldTheInvariants) {
                              shape.layers, shape.kv_heads, shape.group, shape.head_dim, shape.value_dim, shape.tokens,
                              shape.prompt_tokens, name_of(shape.dtype)));
     Session session(test::write_trace("fuzz", shape, seed));
-    for (int point = 0; point < 4; ++point) check(shape, session, dice);
+    for (int point = 0; point < 6; ++point) points += ran(shape, session, dice);
     std::filesystem::remove(session.header().file);
-    if (testing::Test::HasFatalFailure()) return;
+    if (testing::Test::HasFailure()) return;
   }
+  EXPECT_GT(points, 800) << "most of what is drawn can run";
 }
 
 }  // namespace
