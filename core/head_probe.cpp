@@ -1,5 +1,6 @@
 // HeadReplay's probing half: a block's queries look at a cache that they are not part of yet.
 #include <Eigen/Core>
+#include <cmath>
 #include <numeric>
 
 #include "core/head_replay.hpp"
@@ -57,7 +58,7 @@ void HeadReplay::add_gradient(const AttentionTile& tile, const Look& look, const
     for (Eigen::Index r = 0; r < rows; ++r)
       for (Eigen::Index c = 0; c < columns; ++c) {
         const float t = tile.logit[r * static_cast<Eigen::Index>(tile.stride) + c] / static_cast<float>(model_.softcap);
-        s(r, c) *= s(r, c) == 0 ? 0.f : 1 - t * t;
+        s(r, c) *= std::isfinite(t) ? 1 - t * t : 0.f;  // a hidden slot's probability may be the smallest float, not 0
       }
   Eigen::Map<Rows>(gradient_.data(), columns, dim).noalias() += s.transpose() * queries;
 }
