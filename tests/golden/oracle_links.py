@@ -177,15 +177,13 @@ def gradient(layer: Layer, one: Probed, a: int, b: int) -> np.ndarray:
     The recorded gradient of the output, or the output itself as a named surrogate.
     """
     head, rows = one.head, layer.rows(a, b)
-    if layer.trace.softcap:
-        raise ValueError("K 2.4 knows no softcap")
     output = one.weight @ np.concatenate([head.value, layer.value[head.index, a:b]])          # [member, row, Dv]
     outer = output
     if layer.params["gradient"] == "recorded":
         e = layer.extras.e[layer.index]
         outer = e.reshape(len(layer.heads), -1, *e.shape[1:])[head.index][:, rows]
     along = outer @ head.value.T - (outer * output).sum(axis=-1, keepdims=True)               # E.(v - o)
-    factor = layer.trace.scale * one.weight[:, :, :len(head)] * along
+    factor = layer.trace.scale * one.weight[:, :, :len(head)] * along * capped_slope(layer, head, rows, a, b)
     query = layer.query[head.index][:, rows]
     if not layer.rotates:
         return np.einsum("gtj,gtc->jc", factor, query)
@@ -194,6 +192,17 @@ def gradient(layer: Layer, one: Probed, a: int, b: int) -> np.ndarray:
     head.cut(factor.shape[2])
     turned = np.einsum("gtj,gtc->jc", factor, layer.trace.rope.rotate(query, queries))
     return turn_back(layer.trace.rope, turned, slots[:len(head)])
+
+
+def capped_slope(layer: Layer, head: Head, rows: np.ndarray, a: int, b: int) -> np.ndarray | float:
+    """What the softcap leaves of a logit's change, 1 - tanh^2 [member, row, slot]; K 2.4 has none."""
+    if not layer.trace.softcap:
+        return 1.0
+    slots = len(head)
+    layer.append(head, a, b)
+    logit = layer.logits(head, rows, b - a)[:, :, :slots]
+    head.cut(slots)
+    return 1 - (logit / layer.trace.softcap) ** 2
 
 
 def turn_back(rope: Rope, x: np.ndarray, position: np.ndarray) -> np.ndarray:

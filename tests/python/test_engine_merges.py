@@ -116,8 +116,6 @@ def with_extras(made: Made) -> Made:
 @pytest.mark.parametrize("made", COMPLETE, ids=lambda made: made.name)
 def test_made(made: Made, policy: str, params: dict[str, Any], kvreplay_binary: Path, tmp_path: Path) -> None:
     """Softcap, sliding windows, sink logits, other types, partial rotation, no prompt, no sinks, budgets of 5."""
-    if policy == "asym_kv" and "softcap" in made.options:
-        pytest.skip("K 2.4 has no softcap")
     if policy == "expected_attention" and made.options.get("rope") == "post":
         pytest.skip("its queries must be stored before rotation")
     path = with_extras(made).write(tmp_path)
