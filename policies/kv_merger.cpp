@@ -12,7 +12,7 @@ struct KVMerger : kv::Policy {
   double threshold = NAN, sigma_value = 5, recent = 0.34, heavy = 0.24;
   bool count_bias = true, merge = true;
   void describe(auto& field) {
-    field("threshold", threshold, kv::RangeOr{-1, 1, "exact"},
+    field("threshold", threshold, kv::RangeOr{-1, 2, "exact"},
           "join neighbours of a higher cosine; exact: the budget's");
     field("sigma", sigma, kv::Choices{"mean_distance", "fixed", "literal"},
           "width of the Gaussian: mean distance to the pivot / sqrt 2; sigma_value; the printed fixed point");

@@ -167,7 +167,7 @@ TEST(Point, ThresholdsAndBudgetsExcludeEachOther) {
             "c.yaml:3: budget: policy kv_merger decides by a threshold how much stays; say 'budget: none', or let it "
             "be exact");
   EXPECT_EQ(error_of("policy: {name: kv_merger, threshold: exat}\nbudget: 50%\n"),
-            "c.yaml:2: policy.threshold: expected number in [-1, 1] or exact, got 'exat'; did you mean 'exact'?");
+            "c.yaml:2: policy.threshold: expected number in [-1, 2] or exact, got 'exat'; did you mean 'exact'?");
 }
 
 TEST(Point, PresetsKeepTheirName) {
