@@ -171,16 +171,17 @@ void HeadReplay::check_plan(const Fold& plan, int victim) const {
 }
 
 void HeadReplay::add_to(FoldSums& sums, const Fold& plan, int victim) {
-  const auto dim = static_cast<std::size_t>(model_.head_dim);
-  std::vector<float> weights(dim), own(dim);
+  const std::size_t channels = layer_.entry.weighs_channels ? static_cast<std::size_t>(model_.head_dim) : 0;
+  std::vector<float> weights(channels), own(channels);
+  program_->key_weights(cache_, moment(), sight_, victim, weights);
   Fold part = plan;
   int left = plan.spread;
   for (int place = cache_.rank()[static_cast<std::size_t>(plan.target)]; left > 0 && place < cache_.size(); ++place) {
     part.target = cache_.order()[static_cast<std::size_t>(place)];
     if (!can_join(part) || part.target == victim) continue;
     --left;
-    if (program_->key_weights(cache_, moment(), sight_, victim, weights) &&
-        program_->key_weights(cache_, moment(), sight_, part.target, own))
+    program_->key_weights(cache_, moment(), sight_, part.target, own);
+    if (channels > 0)
       sums.add(part, victim, weights, own);
     else
       sums.add(part, victim);

@@ -96,13 +96,16 @@ void HeadReplay::measure_mass(const AttentionTile& tile, const std::vector<int>&
     const std::size_t at =
         static_cast<std::size_t>(query_head) * measured.size() + static_cast<std::size_t>(m - measured.begin());
     full_probabilities(every, token, query_head, layer_.full->lse[at], p);
-    moved.assign(static_cast<std::size_t>(cache_.size()), 0.0);
+    moved.assign(static_cast<std::size_t>(cache_.size()), 0.0);  // own mass - full mass of the slot's tokens
     for (std::size_t s = 0; s < static_cast<std::size_t>(tile.columns); ++s)
       moved[s] = tile.probability[static_cast<std::size_t>(r) * tile.stride + s];
-    double lost = 0;
-    for (std::size_t t = 0; t < p.size(); ++t)
-      (owner[t] < 0 ? lost : moved[static_cast<std::size_t>(owner[t])]) += owner[t] < 0 ? p[t] : -p[t];
-    double sum = lost;
+    double sum = 0;
+    for (std::size_t t = 0; t < p.size(); ++t) {
+      if (owner[t] < 0)
+        sum += p[t];  // lost
+      else
+        moved[static_cast<std::size_t>(owner[t])] -= p[t];
+    }
     for (const double x : moved) sum += std::abs(x);
     layer_.result->mass_tv[static_cast<std::size_t>(layer_.index * model_.query_heads) * measured.size() + at] =
         sum / 2;

@@ -164,7 +164,8 @@ AttentionKeys HeadReplay::attention_keys() {
                      cache_.size(), model_.head_dim, model_.value_dim};
   if (layer_.entry.biases) {
     bias_.resize(static_cast<std::size_t>(cache_.size()));
-    if (program_->log_bias(cache_, moment(), bias_)) keys.bias = bias_.data();
+    program_->log_bias(cache_, moment(), bias_);
+    keys.bias = bias_.data();
   }
   if (layer_.settings.positions == Positions::absolute) return keys;
   const auto dim = static_cast<std::size_t>(model_.head_dim);

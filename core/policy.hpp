@@ -157,8 +157,8 @@ class HeadProgram {
   /// on_probe: sight.seen is the incoming block's attention over the present slots.
   virtual void probe(const Cache& cache, const Moment& moment, const Sight& sight) = 0;
 
-  /// Fills bias[slot], what is added to each logit; false when the policy has none.
-  virtual bool log_bias(const Cache& cache, const Moment& moment, std::span<float> bias) = 0;
+  /// Fills bias[slot], what is added to each logit: 0 without a log_bias.
+  virtual void log_bias(const Cache& cache, const Moment& moment, std::span<float> bias) = 0;
 
   /// Fills score[slot]; sight.seen is empty without an observation window or a probe.
   virtual void score(const Cache& cache, const Moment& moment, const Sight& sight, std::span<float> score) = 0;
@@ -175,8 +175,8 @@ class HeadProgram {
   /// on_target: may change own weights and divisors.
   virtual void target(const Cache& cache, const Moment& moment, const Sight& sight, int slot, FoldTarget& sum) = 0;
 
-  /// Fills weight[channel], the slot's weight in each channel of a folded key; false when plans weigh whole keys.
-  virtual bool key_weights(const Cache& cache, const Moment& moment, const Sight& sight, int slot,
+  /// Fills weight[channel], the slot's weight in each channel of a folded key: 0 without a key_weight.
+  virtual void key_weights(const Cache& cache, const Moment& moment, const Sight& sight, int slot,
                            std::span<float> weight) = 0;
 
   /// State of `from` joins its target; called after the rows were folded.
@@ -203,8 +203,9 @@ class BoundPolicy {
 struct PolicyEntry {
   PolicyDoc doc;
   Published published;
-  bool merges = false, observes = false, biases = false;  // has on_merge, on_attention, log_bias
-  const char* fold_note = nullptr;                        // what Fold::note is called in rows; null = no such thing
+  bool merges = false, observes = false;         // has on_merge, on_attention
+  bool biases = false, weighs_channels = false;  // has log_bias, key_weight
+  const char* fold_note = nullptr;               // what Fold::note is called in rows; null = no such thing
   std::size_t slot_state_bytes = 0, head_state_bytes = 0;
   std::string file;
   std::function<std::unique_ptr<BoundPolicy>()> make;  // with default parameters

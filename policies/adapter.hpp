@@ -1,5 +1,6 @@
 // Runs a policy's hooks on the CPU: HeadProgram for any policy type, by loops over slots.
 #pragma once
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -54,14 +55,14 @@ class HeadProgramOf final : public HeadProgram {
     }
   }
 
-  bool log_bias(const Cache& cache, const Moment& moment, std::span<float> bias) override {
+  void log_bias(const Cache& cache, const Moment& moment, std::span<float> bias) override {
+    std::fill(bias.begin(), bias.end(), 0.f);
     if constexpr (detail::declares_log_bias<P>) {
       const Head head = view(cache, moment);
       const auto known = static_cast<int>(states_.size());  // a probed block's slots have no state yet, and no bias
-      for (int s = 0; s < cache.size(); ++s)
-        bias[static_cast<std::size_t>(s)] = s < known ? policy_.log_bias(slot(head, s, 0)) : 0.f;
+      for (int s = 0; s < std::min(known, cache.size()); ++s)
+        bias[static_cast<std::size_t>(s)] = policy_.log_bias(slot(head, s, 0));
     }
-    return detail::declares_log_bias<P>;
   }
 
   bool receives(const Cache& cache, const Moment& moment, int s) override {
@@ -113,13 +114,13 @@ class HeadProgramOf final : public HeadProgram {
     }
   }
 
-  bool key_weights(const Cache& cache, const Moment& moment, const Sight& sight, int s,
+  void key_weights(const Cache& cache, const Moment& moment, const Sight& sight, int s,
                    std::span<float> weight) override {
+    std::fill(weight.begin(), weight.end(), 0.f);
     if constexpr (detail::declares_key_weight<P>) {
       Head head = view(cache, moment, sight);
       for (std::size_t c = 0; c < weight.size(); ++c) weight[c] = policy_.key_weight(head, s, static_cast<int>(c));
     }
-    return detail::declares_key_weight<P>;
   }
 
   void fold(const Fold& plan, int from) override {
@@ -194,6 +195,7 @@ PolicyEntry entry_of(const char* file) {
   entry.merges = detail::declares_on_merge<P>;
   entry.observes = detail::declares_on_attention<P>;
   entry.biases = detail::declares_log_bias<P>;
+  entry.weighs_channels = detail::declares_key_weight<P>;
   if constexpr (requires { P::fold_note; }) entry.fold_note = P::fold_note;
   entry.slot_state_bytes = std::is_empty_v<typename P::Slot> ? 0 : sizeof(typename P::Slot);
   entry.head_state_bytes = std::is_empty_v<typename P::HeadState> ? 0 : sizeof(typename P::HeadState);

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -64,6 +65,18 @@ def curve(ax: Axes, x: np.ndarray, values: np.ndarray, matrix: str) -> None:
     ax.plot(x, values.mean(0), markersize=2.5, **style)
     if len(values) > 1:
         ax.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.18, linewidth=0)
+
+
+def by_layer(table: pd.DataFrame, across: str, value: str) -> tuple[Figure, list[Axes], float]:
+    """`panels`, one a layer of `table`: for every matrix `value` against the column `across`, curves over its heads."""
+    layers = some(sorted(set(table["layer"])))
+    fig, axes, height = panels(len(layers), 4, 1.45)
+    for ax, layer in zip(axes, layers, strict=True):
+        for name, one in table[table["layer"] == layer].groupby("matrix"):
+            values = one.pivot(index="head", columns=across, values=value)
+            curve(ax, values.columns.to_numpy(), values.to_numpy(), name)
+        title(ax, f"layer {layer}")
+    return fig, axes, height
 
 
 def band(what: str) -> str:

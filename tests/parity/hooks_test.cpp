@@ -112,7 +112,8 @@ HookOutputs run_on_cpu(const PolicyEntry& entry, HookInputs in) {
     sum.key = sum.value = 0.25f, sum.extra = 0.5f, sum.key_divisor = sum.value_divisor = 1.25f;
     program->target(cache, in.moment, sight, s, sum);
     out.sums.push_back(sum);
-    if (program->key_weights(cache, in.moment, sight, s, weights)) out.weights[i] = weights[0];
+    program->key_weights(cache, in.moment, sight, s, weights);
+    out.weights[i] = weights[0];
   }
   return out;
 }

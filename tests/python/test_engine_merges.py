@@ -5,8 +5,7 @@ choice was nearer than 1e-5 relative. By default merge_points.default() runs (so
 """
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterator
@@ -24,8 +23,8 @@ from oracle_heads import read_extras
 from oracle_points import TRACES
 from oracle_replay import replay
 from oracle_trace import read_trace
+from sample_sweeps import Engine, answers
 
-PROCESSES = 2
 COUNTS = ("merges", "lost_in_folds", "lost_by_clip")
 
 
@@ -40,52 +39,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("point", _points(metafunc.config), ids=str)
 
 
-class Engine:
-    """The program's results on the sample traces: one call per trace, made when first needed."""
-
-    def __init__(self, binary: Path, data: Path, folder: Path, points: list[MergePoint]) -> None:
-        self.binary, self.data, self.folder, self.points = binary, data, folder, points
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-
-    def result(self, point: MergePoint) -> tuple[dict[str, Any], Series]:
-        """Row and series of a point; rows come in the order of the points."""
-        folder = self.folder / point.trace
-        mine = [p for p in self.points if p.trace == point.trace]
-        if point.trace not in self.rows:
-            self.rows[point.trace] = []  # a call that fails is not repeated for every point
-            config = {"trace": str(self.data / f"{point.trace}.h5"), "backend": "cpu", "seed": 0, "series": True,
-                      "replay": {"measure": "decode"}, "sweep": [block(p) for p in mine]}
-            self.rows[point.trace] = run(self.binary, config, folder)
-        want = {"policy": point.policy, **{f"policy.{key}": value for key, value in point.defaults.items()},
-                **{f"replay.{key}": value for key, value in point.replay},
-                **{f"allocation.{key}": value for key, value in point.allocation or (("kind", "uniform"),)}}
-        want |= {"budget": point.budget} if point.budget else {}
-        found = [row for row in self.rows[point.trace] if all(row.get(key) == value for key, value in want.items())]
-        assert len(found) == 1, f"{len(found)} of {len(self.rows[point.trace])} rows have {want}"
-        return found[0], Series(folder, found[0])
-
-
-def block(point: MergePoint) -> dict[str, Any]:
+def block_of(point: MergePoint) -> dict[str, Any]:
     """The sweep block of one point."""
     parts = {"policy": {"name": point.policy, **dict(point.params)}, "replay": dict(point.replay),
              "budget": point.budget, "allocation": dict(point.allocation)}
     return {key: value for key, value in parts.items() if value}
 
 
+def settings_of(point: MergePoint) -> dict[str, Any]:
+    """What the row of a point says of its settings."""
+    settings = {"policy": point.policy, **{f"policy.{key}": value for key, value in point.defaults.items()},
+                **{f"replay.{key}": value for key, value in point.replay},
+                **{f"allocation.{key}": value for key, value in point.allocation or (("kind", "uniform"),)}}
+    return settings | ({"budget": point.budget} if point.budget else {})
+
+
 @pytest.fixture(scope="module")
 def engine(kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
            request: pytest.FixtureRequest) -> Engine:
     """The program."""
-    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("merges"), _points(request.config))
+    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("merges"), _points(request.config), block_of, settings_of)
 
 
 @pytest.fixture(scope="module")
 def oracle(kvreplay_binary: Path, data: Path, request: pytest.FixtureRequest) -> Iterator[dict[MergePoint, Future]]:
-    """The oracle's answers, computed by two processes while the tests run (nothing is kept on disk)."""
-    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        points = _points(request.config)
-        yield {point: pool.submit(merge_points.evaluate, data / f"{point.trace}.h5", point) for point in points}
-        pool.shutdown(cancel_futures=True)
+    """The oracle's answers."""
+    with answers(merge_points.evaluate, data, _points(request.config)) as futures:
+        yield futures
 
 
 def test_point(point: MergePoint, engine: Engine, oracle: dict[MergePoint, Future]) -> None:

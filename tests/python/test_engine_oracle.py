@@ -8,8 +8,7 @@ By default a pairwise cover of the settings runs (oracle_points.COVER); `--full`
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -17,11 +16,11 @@ import numpy as np
 import pytest
 
 import oracle_points
-from kvreplay_cli import Series, differences, near, run
+from kvreplay_cli import Series, differences, near
 from oracle_points import BLOCKS, BUDGETS, COMPRESS, POSITIONS, TRACES, VARIANTS, Point
 from oracle_policies import POLICIES
+from sample_sweeps import Engine, answers
 
-PROCESSES = 2
 HEADS = (4, 3)  # recorded layers, KV heads
 
 
@@ -36,51 +35,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("point", _points(metafunc.config), ids=str)
 
 
-class Engine:
-    """The program's results on the sample traces: one call per trace, made when first needed."""
+def block_of(point: Point) -> dict[str, Any]:
+    """The sweep block of one point."""
+    parts = {"policy": {"name": point.policy, **dict(point.params)}, "replay": point.replay}
+    return parts | ({"budget": point.budget} if point.budget else {})
 
-    def __init__(self, binary: Path, data: Path, folder: Path, points: list[Point]) -> None:
-        self.binary, self.data, self.folder, self.points = binary, data, folder, points
-        self.rows: dict[str, list[dict[str, Any]]] = {}
 
-    def sweep(self, trace: str, blocks: list[dict[str, Any]], folder: Path, **base: Any) -> list[dict[str, Any]]:
-        """Rows of one sweep over a sample trace."""
-        config = {"trace": str(self.data / f"{trace}.h5"), "backend": "cpu", "seed": 0, "series": True, **base,
-                  "replay": {"measure": "decode"}, "sweep": blocks}
-        return run(self.binary, config, folder)
-
-    def result(self, point: Point) -> tuple[dict[str, Any], Series]:
-        """Row and series of a point; the row is found by its settings, defaults included."""
-        folder = self.folder / point.trace
-        if point.trace not in self.rows:
-            self.rows[point.trace] = []  # a call that fails is not repeated for every point
-            mine = [p for p in self.points if p.trace == point.trace]
-            blocks = [{"policy": {"name": p.policy, **dict(p.params)}, "replay": p.replay} for p in mine]
-            blocks = [block | ({"budget": p.budget} if p.budget else {}) for p, block in zip(mine, blocks)]
-            self.rows[point.trace] = self.sweep(point.trace, blocks, folder)
-        params = POLICIES[point.policy].defaults | dict(point.params)
-        want = {"policy": point.policy, **{f"policy.{key}": value for key, value in params.items()},
+def settings_of(point: Point) -> dict[str, Any]:
+    """What the row of a point says of its settings."""
+    params = POLICIES[point.policy].defaults | dict(point.params)
+    settings = {"policy": point.policy, **{f"policy.{key}": value for key, value in params.items()},
                 **{f"replay.{key}": value for key, value in point.replay.items()}}
-        want |= {"budget": point.budget} if point.budget else {}
-        found = [row for row in self.rows[point.trace] if all(row.get(key) == value for key, value in want.items())]
-        assert len(found) == 1, f"{len(found)} of {len(self.rows[point.trace])} rows have {want}"
-        return found[0], Series(folder, found[0])
+    return settings | ({"budget": point.budget} if point.budget else {})
 
 
 @pytest.fixture(scope="module")
 def engine(kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
            request: pytest.FixtureRequest) -> Engine:
     """The program."""
-    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("engine"), _points(request.config))
+    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("engine"), _points(request.config), block_of, settings_of)
 
 
 @pytest.fixture(scope="module")
 def oracle(kvreplay_binary: Path, data: Path, request: pytest.FixtureRequest) -> Iterator[dict[Point, Future]]:
-    """The oracle's answers, computed by two processes while the tests run (nothing is kept on disk)."""
-    with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
-        points = _points(request.config)
-        yield {point: pool.submit(oracle_points.evaluate, data / f"{point.trace}.h5", point) for point in points}
-        pool.shutdown(cancel_futures=True)
+    """The oracle's answers."""
+    with answers(oracle_points.evaluate, data, _points(request.config)) as futures:
+        yield futures
 
 
 def test_point(point: Point, engine: Engine, oracle: dict[Point, Future]) -> None:

@@ -100,13 +100,8 @@ def _adjacent(table: pd.DataFrame, note: str, stem: Path) -> list[Path]:
 
 def _lags(table: pd.DataFrame, note: str, stem: Path) -> list[Path]:
     """Mean cosine against the distance of two tokens, a panel per layer."""
-    layers = curves.some(sorted(set(table["layer"])))
-    fig, axes, height = curves.panels(len(layers), 4, 1.45)
-    for ax, layer in zip(axes, layers, strict=True):
-        for name, one in table[table["layer"] == layer].groupby("matrix"):
-            values = one.pivot(index="head", columns="lag", values="value")
-            curves.curve(ax, values.columns.to_numpy(), values.to_numpy(), name)
-        curves.title(ax, f"layer {layer}")
+    fig, axes, height = curves.by_layer(table, "lag", "value")
+    for ax in axes:
         ax.set(xlabel="lag (tokens)", ylim=_limits(table))
     axes[0].set_ylabel("mean cosine")
     names = [name for name in TITLES if name in set(table["matrix"])]

@@ -36,13 +36,8 @@ def weights(spectra: pd.DataFrame, matrices: dict[str, str], note: str, stem: Pa
 def spectra(table: pd.DataFrame, matrices: dict[str, str], note: str, stem: Path) -> list[Path]:
     """Singular values divided by the largest, a panel per layer: mean over heads, band from the lowest to the highest
     head."""
-    layers = curves.some(sorted(set(table["layer"])))
-    fig, axes, height = curves.panels(len(layers), 4, 1.45)
-    for ax, layer in zip(axes, layers, strict=True):
-        for name, one in table[table["layer"] == layer].groupby("matrix"):
-            values = one.pivot(index="head", columns="index", values="relative")
-            curves.curve(ax, values.columns.to_numpy(), values.to_numpy(), name)
-        curves.title(ax, f"layer {layer}")
+    fig, axes, height = curves.by_layer(table, "index", "relative")
+    for ax in axes:
         ax.set(yscale="log", ylim=(_FLOOR, 1.3), xlabel="index")
     axes[0].set_ylabel("singular value / largest")
     names = [name for name in matrices if name in set(table["matrix"])]
