@@ -1,9 +1,6 @@
-// The three storage types of a trace. Everything is computed in float32; these say what a stored value can be.
+// The three storage types of a trace. Everything is computed in float32.
 #pragma once
-#include <Eigen/Core>
-#include <bit>
 #include <cstddef>
-#include <cstdint>
 
 namespace kv {
 
@@ -14,22 +11,5 @@ inline const char* name_of(Dtype dtype) {
 }
 
 inline std::size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
-/// The nearest finite-input value that `dtype` can store, ties to even. A template so that loops over rows vectorise.
-template <Dtype dtype>
-inline float rounded(float x) {
-  if constexpr (dtype == Dtype::float16) return static_cast<float>(Eigen::half(x));
-  if constexpr (dtype == Dtype::bfloat16) {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-    return std::bit_cast<float>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
-  }
-  return x;
-}
-
-inline float round_to(Dtype dtype, float x) {
-  return dtype == Dtype::float16    ? rounded<Dtype::float16>(x)
-         : dtype == Dtype::bfloat16 ? rounded<Dtype::bfloat16>(x)
-                                    : x;
-}
 
 }  // namespace kv

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/error.hpp"
+#include "core/rounding.hpp"
 
 namespace kv {
 namespace {

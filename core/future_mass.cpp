@@ -10,10 +10,11 @@ FutureMass::FutureMass(const TraceHeader& trace, const PreparedLayer& layer, int
     : trace_(trace),
       layer_(layer),
       kv_head_(kv_head),
+      now_(steps.front()),
       every_token_(static_cast<std::size_t>(trace.tokens)),
       left_(static_cast<std::size_t>(trace.tokens)) {
   std::iota(every_token_.begin(), every_token_.end(), 0);
-  for (int last = -1; const int step : steps) add(last, step, 1), last = step;
+  for (int last = steps.front(); const int step : steps) add(last, step, 1), last = step;
   all_ = left_;
 }
 

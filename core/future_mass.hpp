@@ -11,7 +11,7 @@ namespace kv {
 class FutureMass {
  public:
   /// `steps` are the newest tokens of every block: what is added at once must be what advance() takes off again, so
-  /// that the same bits go.
+  /// that the same bits go. Those of the first block are past when anything is first scored, and never counted.
   FutureMass(const TraceHeader& trace, const PreparedLayer& layer, int kv_head, const std::vector<int>& steps);
 
   /// Queries of tokens up to `now`, the next step, are past from now on.
@@ -26,7 +26,7 @@ class FutureMass {
 
   const TraceHeader& trace_;
   const PreparedLayer& layer_;
-  int kv_head_, now_ = -1;
+  int kv_head_, now_;
   Attention attention_;
   std::vector<int> every_token_;
   std::vector<double> all_, left_;  // [tokens] from every recorded query, and from those to come

@@ -9,17 +9,6 @@
 
 namespace kv {
 
-std::vector<BlockRange> blocks_of(const TraceHeader& trace, Block block) {
-  std::vector<BlockRange> blocks;
-  const auto add = [&](int first, int last, Phase phase) {
-    blocks.push_back({first, last, phase, static_cast<int>(blocks.size())});
-  };
-  const int size = block.tokens > 0 ? block.tokens : std::max(1, trace.prompt_tokens);
-  for (int t = 0; t < trace.prompt_tokens; t += size) add(t, std::min(t + size, trace.prompt_tokens), Phase::prompt);
-  for (int t = trace.prompt_tokens; t < trace.tokens; ++t) add(t, t + 1, Phase::decode);
-  return blocks;
-}
-
 namespace {
 
 /// The most slots a head is likely to hold: everything, or a budget and one block on top of it.

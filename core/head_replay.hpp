@@ -20,16 +20,6 @@
 
 namespace kv {
 
-/// Tokens [first, last) that are appended together; the index counts blocks.
-struct BlockRange {
-  int first, last;
-  Phase phase;
-  int index;
-};
-
-/// The blocks of a trace: the prompt in pieces of `block`, each decode token alone.
-std::vector<BlockRange> blocks_of(const TraceHeader& trace, Block block);
-
 /// What all heads of a layer share during one replay. Everything is borrowed.
 struct LayerReplay {
   const TraceHeader& trace;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/cache.hpp"
@@ -74,7 +75,7 @@ struct Traits {
   bool future_mass = false;                      // head.future_mass(slot): peeks at queries to come
   bool output_norm = false;                      // head.output_norm(slot); needs `wo`
 
-  bool needs_budget() const { return compresses && every_link_below == -INFINITY; }
+  constexpr bool needs_budget() const { return compresses && every_link_below == -INFINITY; }
 };
 
 /// What stays the same for one KV head over a run.
@@ -195,6 +196,7 @@ class BoundPolicy {
  public:
   virtual ~BoundPolicy() = default;
   virtual std::vector<Field> fields() = 0;  // bound to this object's parameters
+  virtual std::vector<std::pair<std::string, Value>> values() const = 0;  // of all parameters, by name
   virtual Traits traits() const = 0;
   virtual std::unique_ptr<HeadProgram> bind(const HeadInfo& head) const = 0;
 };

@@ -154,26 +154,6 @@ class UnitReplay {
   UnitOutcome out_;
 };
 
-ReplayResult empty_result(const TraceHeader& trace, const ReplaySettings& settings) {
-  ReplayResult r;
-  r.layers = static_cast<int>(trace.layers.size()), r.query_heads = trace.model.query_heads,
-  r.kv_heads = trace.model.kv_heads;
-  r.measured = settings.measured;
-  const auto heads = static_cast<std::size_t>(r.layers * r.kv_heads);
-  const auto queries = static_cast<std::size_t>(r.layers * r.query_heads) * r.measured.size();
-  for (auto* v : {&r.error2, &r.output2, &r.cosine, &r.lost_mass})
-    v->assign(queries, std::numeric_limits<double>::quiet_NaN());
-  if (settings.mass) r.mass_tv.assign(queries, std::numeric_limits<double>::quiet_NaN());
-  if (std::any_of(trace.layers.begin(), trace.layers.end(), [](const LayerInfo& l) { return l.has_wo; }))
-    for (auto* v : {&r.wo_error2, &r.wo_output2})
-      v->assign(static_cast<std::size_t>(r.layers) * r.measured.size(), std::numeric_limits<double>::quiet_NaN());
-  for (const BlockRange& block : blocks_of(trace, settings.block)) r.step_token.push_back(block.last - 1);
-  r.slots.assign(heads * r.step_token.size(), 0);
-  r.final_slots.assign(heads, 0);
-  r.final_position.resize(heads), r.final_multiplicity.resize(heads);
-  return r;
-}
-
 /// |W_o d|^2 and |W_o o|^2 of one layer's measured queries.
 void measure_after_wo(const LayerReplay& layer, const std::vector<float>& deltas, ReplayResult& r) {
   using Rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -189,13 +169,6 @@ void measure_after_wo(const LayerReplay& layer, const std::vector<float>& deltas
   const Eigen::VectorXd output2 = (full * wo.transpose()).cast<double>().rowwise().squaredNorm();
   std::copy(error2.begin(), error2.end(), r.wo_error2.begin() + layer.index * count);
   std::copy(output2.begin(), output2.end(), r.wo_output2.begin() + layer.index * count);
-}
-
-/// Slots per KV head of each layer.
-std::vector<int> budgets_of(const TraceHeader& trace, const Traits& traits, const ReplaySettings& settings) {
-  return layer_budgets(settings.allocation, settings.budget, traits.observation_window,
-                       trace.prompt_tokens > 0 ? trace.prompt_tokens : trace.tokens,
-                       static_cast<int>(trace.layers.size()));
 }
 
 /// One pass over all layers; without `measure` a timed pass, which writes nothing to `r`.
@@ -249,7 +222,64 @@ double median(std::vector<double> values) {
   return *middle;
 }
 
-/// Whether a query is measured after its policy saw it: an oracle's always are, a probed block's are.
+/// Timed passes, each checked to keep exactly what the measured pass kept.
+void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& policy, const ReplaySettings& settings,
+                 const std::vector<UnitOutcome>& checked, ReplayResult& r) {
+  const auto steps = checked.front().decode_times.size(), repeats = static_cast<std::size_t>(settings.timing_repeats);
+  std::vector<std::vector<std::vector<double>>> us(
+      timed_phases, std::vector(steps, std::vector<double>(repeats)));  // [phase][step][repeat]
+  std::vector<std::vector<double>> prompt(timed_phases, std::vector<double>(repeats));  // [phase][repeat]
+  for (std::size_t repeat = 0; repeat < repeats; ++repeat) {
+    const std::vector<UnitOutcome> timed = run_all(session, entry, policy, settings, r, false);
+    for (std::size_t u = 0; u < timed.size(); ++u) {
+      KV_CHECK(timed[u].kept == checked[u].kept);
+      for (std::size_t p = 0; p < us.size(); ++p) prompt[p][repeat] += timed[u].prompt_times[p] * 1e-3;
+      for (std::size_t s = 0; s < steps; ++s)
+        for (std::size_t p = 0; p < us.size(); ++p) us[p][s][repeat] += timed[u].decode_times[s][p] * 1e-3;
+    }
+  }
+  add_times(r, us, prompt);
+}
+
+}  // namespace
+
+std::vector<BlockRange> blocks_of(const TraceHeader& trace, Block block) {
+  std::vector<BlockRange> blocks;
+  const auto add = [&](int first, int last, Phase phase) {
+    blocks.push_back({first, last, phase, static_cast<int>(blocks.size())});
+  };
+  const int size = block.tokens > 0 ? block.tokens : std::max(1, trace.prompt_tokens);
+  for (int t = 0; t < trace.prompt_tokens; t += size) add(t, std::min(t + size, trace.prompt_tokens), Phase::prompt);
+  for (int t = trace.prompt_tokens; t < trace.tokens; ++t) add(t, t + 1, Phase::decode);
+  return blocks;
+}
+
+std::vector<int> budgets_of(const TraceHeader& trace, const Traits& traits, const ReplaySettings& settings) {
+  return layer_budgets(settings.allocation, settings.budget, traits.observation_window,
+                       trace.prompt_tokens > 0 ? trace.prompt_tokens : trace.tokens,
+                       static_cast<int>(trace.layers.size()));
+}
+
+ReplayResult empty_result(const TraceHeader& trace, const ReplaySettings& settings) {
+  ReplayResult r;
+  r.layers = static_cast<int>(trace.layers.size()), r.query_heads = trace.model.query_heads,
+  r.kv_heads = trace.model.kv_heads;
+  r.measured = settings.measured;
+  const auto heads = static_cast<std::size_t>(r.layers * r.kv_heads);
+  const auto queries = static_cast<std::size_t>(r.layers * r.query_heads) * r.measured.size();
+  for (auto* v : {&r.error2, &r.output2, &r.cosine, &r.lost_mass})
+    v->assign(queries, std::numeric_limits<double>::quiet_NaN());
+  if (settings.mass) r.mass_tv.assign(queries, std::numeric_limits<double>::quiet_NaN());
+  if (std::any_of(trace.layers.begin(), trace.layers.end(), [](const LayerInfo& l) { return l.has_wo; }))
+    for (auto* v : {&r.wo_error2, &r.wo_output2})
+      v->assign(static_cast<std::size_t>(r.layers) * r.measured.size(), std::numeric_limits<double>::quiet_NaN());
+  for (const BlockRange& block : blocks_of(trace, settings.block)) r.step_token.push_back(block.last - 1);
+  r.slots.assign(heads * r.step_token.size(), 0);
+  r.final_slots.assign(heads, 0);
+  r.final_position.resize(heads), r.final_multiplicity.resize(heads);
+  return r;
+}
+
 bool sees_measured_queries_early(const TraceHeader& trace, const Traits& traits, const ReplaySettings& settings) {
   const auto measured_in = [&](const BlockRange& block) {
     const auto at = std::lower_bound(settings.measured.begin(), settings.measured.end(), block.first);
@@ -262,36 +292,21 @@ bool sees_measured_queries_early(const TraceHeader& trace, const Traits& traits,
           }));
 }
 
-/// Timed passes, each checked to keep exactly what the measured pass kept.
-void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& policy, const ReplaySettings& settings,
-                 const std::vector<UnitOutcome>& checked, ReplayResult& r) {
-  const auto steps = checked.front().decode_times.size(), repeats = static_cast<std::size_t>(settings.timing_repeats);
-  std::vector<std::vector<std::vector<double>>> us(
-      timed_phases, std::vector(steps, std::vector<double>(repeats)));  // [phase][step][repeat]
+void add_times(ReplayResult& result, const std::vector<std::vector<std::vector<double>>>& us,
+               const std::vector<std::vector<double>>& prompt) {
+  const std::size_t repeats = prompt.front().size();
   std::vector<double> totals(repeats);
-  std::vector<std::vector<double>> prompt(timed_phases, std::vector<double>(repeats));  // [phase][repeat]
-  for (std::size_t repeat = 0; repeat < repeats; ++repeat) {
-    const std::vector<UnitOutcome> timed = run_all(session, entry, policy, settings, r, false);
-    for (std::size_t u = 0; u < timed.size(); ++u) {
-      KV_CHECK(timed[u].kept == checked[u].kept);
-      for (std::size_t p = 0; p < us.size(); ++p) prompt[p][repeat] += timed[u].prompt_times[p] * 1e-3;
-      for (std::size_t s = 0; s < steps; ++s)
-        for (std::size_t p = 0; p < us.size(); ++p) {
-          us[p][s][repeat] += timed[u].decode_times[s][p] * 1e-3;
-          totals[repeat] += timed[u].decode_times[s][p];
-        }
+  for (const auto& phase : us) {
+    result.us.emplace_back();
+    for (const auto& step : phase) {
+      result.us.back().push_back(median(step));
+      for (std::size_t repeat = 0; repeat < repeats; ++repeat) totals[repeat] += step[repeat];
     }
   }
-  for (const auto& phase : us) {
-    r.us.emplace_back();
-    for (const auto& step : phase) r.us.back().push_back(median(step));
-  }
-  for (const auto& phase : prompt) r.prompt_us.push_back(median(phase));
+  for (const auto& phase : prompt) result.prompt_us.push_back(median(phase));
   const auto [low, high] = std::minmax_element(totals.begin(), totals.end());
-  r.timing_noise = repeats > 1 ? (*high - *low) / median(totals) : std::numeric_limits<double>::quiet_NaN();
+  result.timing_noise = repeats > 1 ? (*high - *low) / median(totals) : std::numeric_limits<double>::quiet_NaN();
 }
-
-}  // namespace
 
 SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits, Positions positions) {
   SlotBytes bytes;

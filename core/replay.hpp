@@ -59,11 +59,34 @@ struct ReplayResult {
   double timing_noise = 0;  // relative: (max - min) / median over repeats of the decode total; NaN under 2 repeats
 };
 
+/// Tokens [first, last) that are appended together; the index counts blocks.
+struct BlockRange {
+  int first, last;
+  Phase phase;
+  int index;
+};
+
+/// The blocks of a trace: the prompt in pieces of `block`, each decode token alone.
+std::vector<BlockRange> blocks_of(const TraceHeader& trace, Block block);
+
 /// The bytes of one slot under `policy`: the rule of design section 6.
 SlotBytes slot_bytes(const TraceHeader& trace, const PolicyEntry& policy, const Traits& traits, Positions positions);
 
 /// Those of `tokens` whose query every layer recorded: what can be measured.
 std::vector<int> recorded_queries(const TraceHeader& trace, const std::vector<int>& tokens);
+
+/// Slots per KV head of each layer, as the allocation spreads the budget.
+std::vector<int> budgets_of(const TraceHeader& trace, const Traits& traits, const ReplaySettings& settings);
+
+/// A result of the right shapes in which nothing is measured yet: NaN everywhere.
+ReplayResult empty_result(const TraceHeader& trace, const ReplaySettings& settings);
+
+/// Whether a query is measured after its policy saw it: an oracle's always are, a probed block's are.
+bool sees_measured_queries_early(const TraceHeader& trace, const Traits& traits, const ReplaySettings& settings);
+
+/// Fills in what timed passes took: us[phase][step][repeat] of decode steps, prompt[phase][repeat].
+void add_times(ReplayResult& result, const std::vector<std::vector<std::vector<double>>>& us,
+               const std::vector<std::vector<double>>& prompt);
 
 /// Throws ConfigError when the trace lacks what the policy or the settings need (queries, unrotated keys), naming the
 /// dataset; cheap, so that all points are checked before the first one runs.

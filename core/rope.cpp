@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/rounding.hpp"
+
 namespace kv {
 
 RopeTable::RopeTable(const ModelInfo& model, Dtype dtype, RopeRecipe recipe, std::span<const int> positions)

@@ -22,6 +22,12 @@ class RopeTable {
   /// out = the transposed rotation of `in`, unrounded: what a gradient by a rotated vector is by the unrotated one.
   void rotate_back(std::size_t index, const float* in, float* out) const;
 
+  int pairs() const { return pairs_; }  // of channels that turn
+  RopeStyle style() const { return style_; }
+  Dtype step_dtype() const { return step_dtype_; }               // what every product and sum is rounded to
+  const std::vector<float>& cosines() const { return cos_; }     // [position][pair]
+  const std::vector<float>& sines() const { return sin_; }       // [position][pair]
+
  private:
   template <Dtype dtype>
   void rotate_as(std::size_t index, const float* in, float* out) const;

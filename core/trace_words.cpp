@@ -1,5 +1,6 @@
 #include "core/trace_words.hpp"
 
+#include <Eigen/Core>
 #include <bit>
 #include <cstring>
 

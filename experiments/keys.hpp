@@ -40,7 +40,8 @@ struct Keys {
           "of all recorded layers and heads together (64MiB); none for `full` and where a policy's own threshold "
           "decides");
     field("seed", seed, counts, "of policies that draw random numbers; equal seeds give equal bits");
-    field("backend", backend, Choices{"auto", "cpu", "cuda"}, "where the replay runs");
+    field("backend", backend, Choices{"auto", "cpu", "cuda"},
+          "where the replay runs; auto: cuda when there is a GPU that works, else cpu");
     field("replay.block", block, "tokens of the prompt that are appended at once: a number, or all; auto: published");
     field("replay.compress", compress, Choices{"auto", "prompt", "always"},
           "stop compressing when decode begins, or go on; auto: published");

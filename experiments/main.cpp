@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/budget.hpp"
 #include "core/error.hpp"
 #include "experiments/docs.hpp"
 #include "experiments/inspect.hpp"
@@ -17,7 +18,7 @@ namespace {
 
 constexpr int usage_error = 2;
 
-void add_run(CLI::App& app, kv::RunOptions& options, std::string& out) {
+void add_run(CLI::App& app, kv::RunOptions& options, std::string& out, std::string& device_memory) {
   CLI::App* run = app.add_subcommand("run", "run a sweep; what its output folder already has is not run again");
   run->add_option("config", options.config, "a YAML file such as configs/quickstart.yaml")->required();
   run->add_option("overrides", options.overrides, "key=value, replaces what the file says of key; the value is YAML");
@@ -25,6 +26,8 @@ void add_run(CLI::App& app, kv::RunOptions& options, std::string& out) {
   run->add_option("--only", options.only, "key=value, run only points with it; repeatable")->allow_extra_args(false);
   run->add_option("--jobs", options.jobs, "worker threads (default: one per core); results do not depend on it")
       ->check(CLI::Range(1, 4096));
+  run->add_option("--device-memory", device_memory,
+                  "memory of each GPU to stay below, such as 8GiB (default: nine tenths of what is free)");
   run->add_flag("--dry-run", options.dry_run,
                 "print the points, which are done and the memory they need; write nothing");
   run->add_flag("--force", options.force, "run everything again and replace the rows");
@@ -92,19 +95,32 @@ int report_usage(const CLI::App& app, const CLI::ParseError& error, const std::v
 
 struct Request {
   kv::RunOptions run;
-  std::string out, policy, trace, page, dtype = "bfloat16";
+  std::string out, device_memory, policy, trace, page, dtype = "bfloat16";
   kv::Synthetic synthetic;
   bool markdown = false;
 };
 
-int execute(const CLI::App& app, Request& request) {
-  if (app.got_subcommand("run")) {
-    if (app.get_subcommand("run")->count("--out") > 0) {
-      if (request.out.empty()) throw kv::ConfigError("--out: expected a folder, got ''");
-      request.run.out = request.out;
-    }
-    return kv::run_sweep(request.run);
+/// The bytes that `text` spells as a budget in bytes would.
+std::size_t device_memory_of(const std::string& text) {
+  try {
+    const kv::Budget size = kv::parse_budget(text);
+    if (size.kind == kv::Budget::Kind::bytes && size.amount > 0) return static_cast<std::size_t>(size.amount);
+  } catch (const kv::ConfigError&) {  // its message is about budgets
   }
+  throw kv::ConfigError(fmt::format("--device-memory: expected bytes such as 8GiB or 512MiB, got '{}'", text));
+}
+
+int run(const CLI::App& command, Request& request) {
+  if (command.count("--out") > 0) {
+    if (request.out.empty()) throw kv::ConfigError("--out: expected a folder, got ''");
+    request.run.out = request.out;
+  }
+  if (command.count("--device-memory") > 0) request.run.device_memory = device_memory_of(request.device_memory);
+  return kv::run_sweep(request.run);
+}
+
+int execute(const CLI::App& app, Request& request) {
+  if (app.got_subcommand("run")) return run(*app.get_subcommand("run"), request);
   if (app.got_subcommand("synth")) {
     request.synthetic.dtype = request.dtype == "float16"    ? kv::Dtype::float16
                               : request.dtype == "bfloat16" ? kv::Dtype::bfloat16
@@ -133,7 +149,7 @@ int main(int argc, char** argv) {
   request.run.argv.assign(argv, argv + argc);
   app.set_version_flag("--version", fmt::format("kvreplay {} ({})", kv::build::version, kv::build::git_sha));
   app.require_subcommand(1);
-  add_run(app, request.run, request.out);
+  add_run(app, request.run, request.out, request.device_memory);
   add_synth(app, request.trace, request.synthetic, request.dtype);
   CLI::App* policies = app.add_subcommand("policies", "list the policies, or show one with its parameters");
   policies->add_option("name", request.policy, "a policy");

@@ -4,6 +4,7 @@
 #include <fmt/core.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -13,6 +14,7 @@
 #include "core/metrics.hpp"
 #include "experiments/results.hpp"
 #include "experiments/version.hpp"
+#include "kernels/engine.hpp"
 
 namespace kv {
 namespace {
@@ -60,6 +62,16 @@ Json describe(const TraceHeader& header, const std::string& identity) {
           {"layers", layers}};
 }
 
+/// The GPUs, when a point runs on them.
+Json describe_devices(const Plan& plan) {
+  Json list = Json::array();
+  if (std::ranges::none_of(plan.points, [](const Point& point) { return point.backend == "cuda"; })) return list;
+  for (const DeviceInfo& device : devices())
+    list.push_back(
+        {{"name", device.name}, {"memory_bytes", device.memory}, {"multiprocessors", device.multiprocessors}});
+  return list;
+}
+
 void add_catalogue(Json& manifest, const Plan& plan) {
   for (const Point& point : plan.points) {
     const PolicyDoc& doc = point.entry->doc;
@@ -85,6 +97,7 @@ void write_manifest(const std::filesystem::path& dir, const Config& config, cons
   manifest["git"] = {{"sha", build::git_sha}, {"dirty", build::git_dirty}};
   manifest["build"] = {{"compiler", build::compiler}, {"flags", build::flags}, {"cuda", build::cuda_version}};
   manifest["device"] = {{"kind", "cpu"}, {"name", cpu_name()}, {"cores", std::thread::hardware_concurrency()}};
+  manifest["devices"] = describe_devices(plan);
   manifest["host"] = {{"name", host_name()}, {"threads", threads}};
   const std::string now = utc_now();
   manifest["started"] = old.contains("started") ? old["started"] : Json(now);

@@ -7,6 +7,7 @@
 
 #include "core/error.hpp"
 #include "core/sha256.hpp"
+#include "kernels/engine.hpp"
 
 namespace kv {
 namespace {
@@ -37,6 +38,22 @@ auto at_place(const Place& place, const std::string& prefix, F body) {
 std::string hint(const std::string& key, std::vector<std::string> known) {
   for (std::string& name : known) name.erase(0, param_prefix.size());
   return did_you_mean(key.substr(param_prefix.size()), known);
+}
+
+/// Asked once a process: the answer stays the same, and a driver takes its time.
+bool has_device() {
+  static const bool has = !devices().empty();
+  return has;
+}
+
+/// The engine that the point runs on.
+std::string backend_of(const Point& point) {
+  if (point.keys.backend == AskedBackend::cpu) return "cpu";
+  if (has_device()) return "cuda";
+  if (point.keys.backend == AskedBackend::cuda)
+    throw CudaError(fmt::format("{}: backend: no CUDA device: {}; use backend: cpu or auto",
+                                to_text(point.place_of("backend")), why_no_device()));
+  return "cpu";
 }
 
 /// Types points one by one and remembers which inherited parameters found no policy that has them.
@@ -76,10 +93,7 @@ class Resolver {
     at_place(point.place_of("replay.block"), "", [&] {
       if (point.keys.block != "auto") point.block = parse_block(point.keys.block);
     });
-    if (point.keys.backend == AskedBackend::cuda)
-      throw CudaError(fmt::format("{}: backend: this kvreplay has no CUDA engine yet; use backend: cpu or auto",
-                                  to_text(point.place_of("backend"))));
-    point.backend = "cpu";
+    point.backend = backend_of(point);
   }
 
   void bind_policy(const RawPoint& raw, Point& point) {

@@ -25,7 +25,7 @@ struct Point {
   Block block;
   Compress compress = Compress::always;
   Positions positions = Positions::absolute;
-  std::string backend;                  // resolved
+  std::string backend;                  // resolved: cpu or cuda
   std::map<std::string, Place> places;  // of the keys that were written
   Place place;                          // of its block
 
@@ -43,7 +43,7 @@ struct Point {
 };
 
 /// Typed points: names, parameters and budgets checked, `auto` resolved; traces are not opened yet. Throws ConfigError
-/// with file and line, CudaError when a point asks for a GPU that this build cannot use.
+/// with file and line, CudaError with the same when a point asks for a GPU and there is none.
 std::vector<Point> resolve(const std::vector<RawPoint>& raw);
 
 /// Fills in what depends on the trace: slots, measured tokens, run id; checks that the trace can serve the point. A

@@ -191,7 +191,7 @@ void set_failed(Row& row, const std::string& error, int code) {
 }
 
 void add_result(Row& row, const Point& point, const TraceHeader& header, const ReplayResult& result,
-                const Metrics& metrics, const NoiseFloor& floor, const RunCost& cost) {
+                const Metrics& metrics, const NoiseFloor& floor) {
   add_errors(row, metrics, floor);
   add_held(row, held_of(result, header, slot_bytes(header, *point.entry, point.policy->traits(), point.positions)));
   row["count.evictions"] = result.evictions;
@@ -208,8 +208,12 @@ void add_result(Row& row, const Point& point, const TraceHeader& header, const R
   add_times(row, result);
   row["memory.process_peak_bytes"] = process_peak_bytes();
   row["memory.workspace_bytes"] = result.workspace_bytes;
+}
+
+void add_cost(Row& row, const RunCost& cost) {
   row["seconds"] = cost.seconds;
   row["threads"] = cost.threads;
+  row["device"] = cost.device.empty() ? Row(nullptr) : Row(cost.device);
 }
 
 }  // namespace kv

@@ -19,6 +19,7 @@ struct NoiseFloor {
 struct RunCost {
   double seconds = 0;
   int threads = 1;
+  std::string device;  // name of the GPU; "" on the CPU
 };
 
 /// The part that every row has: run, status, error, trace and all settings.
@@ -29,7 +30,10 @@ void set_failed(Row& row, const std::string& error, int code);
 
 /// Adds everything measured.
 void add_result(Row& row, const Point& point, const TraceHeader& header, const ReplayResult& result,
-                const Metrics& metrics, const NoiseFloor& floor, const RunCost& cost);
+                const Metrics& metrics, const NoiseFloor& floor);
+
+/// Adds what the run took; a failed one's row says it too.
+void add_cost(Row& row, const RunCost& cost);
 
 /// Slots and bytes held over the measured steps (blocks with a measured token), all layers and heads together.
 struct Held {

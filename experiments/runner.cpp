@@ -1,6 +1,7 @@
 #include "experiments/runner.hpp"
 
 #include <fmt/core.h>
+#include <fmt/format.h>
 #include <signal.h>
 #include <tbb/global_control.h>
 #include <tbb/task_arena.h>
@@ -8,18 +9,21 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <map>
 #include <memory>
+#include <set>
+#include <vector>
 
 #include "core/error.hpp"
-#include "core/metrics.hpp"
 #include "experiments/manifest.hpp"
 #include "experiments/plan.hpp"
 #include "experiments/progress.hpp"
+#include "experiments/recorder.hpp"
 #include "experiments/results.hpp"
 #include "experiments/row.hpp"
 #include "experiments/schedule.hpp"
-#include "experiments/series.hpp"
+#include "kernels/engine.hpp"
 
 namespace kv {
 namespace {
@@ -65,19 +69,25 @@ struct Counts {
   std::size_t ok = 0, failed = 0, done = 0, skipped = 0, left = 0, failed_before = 0;
 };
 
-/// Why a point has no good row: from this run, or from the row of an earlier one.
-struct Failure {
-  std::string message;
-  int code;
-};
+/// What the GPUs are called, when points run on them; "" when none does.
+std::string gpu_name(const Plan& plan) {
+  if (std::ranges::none_of(plan.points, [](const Point& point) { return point.backend == "cuda"; })) return "";
+  std::set<std::string> names;
+  for (const DeviceInfo& device : devices()) names.insert(device.name);
+  return fmt::format("{}", fmt::join(names, ", "));
+}
 
 /// Runs the points of one plan into one output folder.
 class Runner {
+  using Points = std::vector<const Point*>;
+
  public:
   Runner(Plan& plan, const RunOptions& options, fs::path dir, int threads)
-      : plan_(plan), options_(options), dir_(std::move(dir)), threads_(threads), results_(dir_) {}
-
-  Results& results() { return results_; }
+      : plan_(plan),
+        options_(options),
+        dir_(std::move(dir)),
+        results_(dir_),
+        recorder_(results_, dir_, threads, gpu_name(plan)) {}
 
   /// Returns the exit code.
   int run() {
@@ -109,75 +119,75 @@ class Runner {
   void run_all() {
     if (pending_.empty()) return;
     Progress progress(pending_.size());
-    for (std::size_t i = 0; i < pending_.size(); ++i) {
-      if (guard_.interrupted()) {
-        counts_.left = pending_.size() - i;
-        return;
+    for (auto first = pending_.begin(); first != pending_.end() && !guard_.interrupted();) {
+      const std::string trace = (*first)->keys.trace;
+      const auto last = std::find_if(first, pending_.end(), [&](const Point* p) { return p->keys.trace != trace; });
+      std::unique_ptr<Session>& session = plan_.sessions.at(trace);
+      run_trace(*session, {first, last}, progress);
+      session.reset();  // gives the memory of its layers back
+      first = last;
+    }
+    counts_.left = pending_.size() - counts_.ok - counts_.failed;
+  }
+
+  /// The pending points of one trace: those for the GPU together, then the others one by one.
+  void run_trace(Session& session, Points points, Progress& progress) {
+    const auto middle = std::ranges::stable_partition(points, [](const Point* p) { return p->backend == "cuda"; });
+    run_on_device(session, Points(points.begin(), middle.begin()), progress);
+    for (const Point* point : middle) {
+      if (guard_.interrupted()) return;
+      finish(*point, session, replay_here(session, *point), progress);
+    }
+  }
+
+  void run_on_device(Session& session, const Points& points, Progress& progress) {
+    std::vector<DevicePoint> given;
+    for (const Point* point : points) {
+      given.push_back({point->entry, point->policy.get(), &point->settings});
+      prepare_floor(*point, session);
+    }
+    if (points.empty() || guard_.interrupted()) return;
+    std::size_t ended = 0;
+    std::exception_ptr broken;  // the output folder cannot be written: not the engine's to handle
+    replay_on_device(session, given, {options_.device_memory}, [&](std::size_t i, DeviceOutcome outcome) {
+      ++ended;
+      try {
+        finish(*points[i], session, outcome, progress);
+      } catch (...) {
+        broken = std::current_exception();
       }
-      const Point& point = *pending_[i];
-      const Clock::time_point start = Clock::now();
-      const std::string line = run_point(point, start);
-      progress.finished(fmt::format("{} {}", label(plan_, point), line), seconds_since(start));
-      const bool last_of_trace = i + 1 == pending_.size() || pending_[i + 1]->keys.trace != point.keys.trace;
-      if (!last_of_trace) continue;
-      floors_.clear();
-      plan_.sessions.at(point.keys.trace).reset();  // gives the memory of its layers back
-    }
+      return !broken && !guard_.interrupted();
+    });
+    if (broken) std::rethrow_exception(broken);
+    KV_CHECK(ended == points.size() || guard_.interrupted());
   }
 
-  /// Replays one point and appends its row, an error's too. Returns what the progress line says of it.
-  std::string run_point(const Point& point, Clock::time_point start) {
-    Row row = make_row(point, plan_.header(point), "ok", "");
-    std::string said;
+  /// Computes the point's noise floor before the engine has the session, which serves one caller at a time.
+  void prepare_floor(const Point& point, Session& session) {
     try {
-      said = replay_into(row, point, start);
-      ++counts_.ok;
-    } catch (const std::exception& error) {
-      std::string message = error.what();
-      std::ranges::replace(message, '\n', ' ');
-      set_failed(row, message, exit_code(error));
-      row["seconds"] = seconds_since(start);
-      said = fmt::format("error: {}", message);
-      failures_[&point] = {message, exit_code(error)};
-      ++counts_.failed;
+      recorder_.floor_of(point, session);
+    } catch (const std::exception&) {  // the rows of the points will say so
     }
-    results_.append(row);
-    return said;
   }
 
-  std::string replay_into(Row& row, const Point& point, Clock::time_point start) {
-    Session& session = *plan_.sessions.at(point.keys.trace);
-    const ReplayResult result = replay(session, *point.entry, *point.policy, point.settings);
-    const Metrics metrics = metrics_of(result);
-    add_result(row, point, session.header(), result, metrics, floor_of(session, point),
-               {seconds_since(start), threads_});
-    if (point.keys.series) save_series(point, session.header(), result);
-    const bool idle = point.policy->traits().compresses && !row["acted"].get<bool>();
-    return fmt::format("nmse={} {}{}{}", metrics.nmse ? fmt::format("{:.4g}", *metrics.nmse) : "undefined",
-                       human_bytes(row["bytes.cache_mean"].get<double>()), idle ? " (the policy never acted)" : "",
-                       metrics.early_heavy ? " (early layers far worse: nmse is too kind)" : "");
-  }
-
-  void save_series(const Point& point, const TraceHeader& header, const ReplayResult& result) const {
-    const fs::path file = dir_ / "series" / (point.run + ".h5");
+  static DeviceOutcome replay_here(Session& session, const Point& point) {
+    const auto start = Clock::now();
+    DeviceOutcome outcome;
     try {
-      fs::create_directories(file.parent_path());
-      write_series(file, point.run, header, result);
-    } catch (const std::exception& error) {
-      std::error_code ignored;
-      fs::remove(file.string() + ".part", ignored);
-      throw ConfigError(fmt::format("--out: the series cannot be written: {}", error.what()));
+      outcome.result = replay(session, *point.entry, *point.policy, point.settings);
+    } catch (const std::exception&) {
+      outcome.error = std::current_exception();
     }
+    outcome.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    return outcome;
   }
 
-  const NoiseFloor& floor_of(Session& session, const Point& point) {
-    const auto [at, fresh] = floors_.try_emplace(point.keys.measure);
-    const auto& layers = session.header().layers;
-    if (fresh && std::ranges::all_of(layers, &LayerInfo::has_o)) {
-      const Metrics metrics = metrics_of(noise_floor(session, point.settings.measured));
-      at->second = {metrics.nmse, metrics.rel_l2.mean};
-    }
-    return at->second;
+  /// Writes the row of a point that ended on either engine, and says so.
+  void finish(const Point& point, Session& session, const DeviceOutcome& outcome, Progress& progress) {
+    const Recorded recorded = recorder_.record(point, session, outcome);
+    ++(recorded.failure ? counts_.failed : counts_.ok);
+    if (recorded.failure) failures_[&point] = *recorded.failure;
+    progress.finished(fmt::format("{} {}", label(plan_, point), recorded.said), outcome.seconds);
   }
 
   /// What was done on stdout; the first of the failures on stderr.
@@ -200,18 +210,13 @@ class Runner {
                             label(plan_, *point), failure.message));
   }
 
-  static double seconds_since(Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  }
-
   Plan& plan_;
   const RunOptions& options_;
   fs::path dir_;
-  int threads_;
   Results results_;
+  Recorder recorder_;
   SignalGuard guard_;
-  std::vector<const Point*> pending_, skips_;
-  std::map<std::string, NoiseFloor> floors_;  // of the present trace, by replay.measure
+  Points pending_, skips_;
   Counts counts_;
   std::map<const Point*, Failure> failures_;  // in the plan's order
 };

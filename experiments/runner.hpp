@@ -1,5 +1,6 @@
 // `kvreplay run`: plans a sweep, then runs what its output folder lacks.
 #pragma once
+#include <cstddef>
 #include <filesystem>
 #include <optional>
 #include <string>
@@ -15,6 +16,7 @@ struct RunOptions {
   bool force = false;                        // run everything again
   bool retry_failed = false;                 // run again what has a row with status error
   int jobs = 0;                              // worker threads; 0 = one per core
+  std::size_t device_memory = 0;             // bytes of each GPU to stay below; 0 = most of what is free
   std::vector<std::string> argv;             // for the manifest
 };
 

@@ -1,60 +1,11 @@
 // A policy's hooks as device code: one thread block per KV head runs every hook once over a cache in device memory. It
 // shows that a policy file compiles for the GPU unchanged, and gives parity tests the hooks' results on equal inputs.
 #pragma once
-#include "core/random.hpp"
-#include "kernels/buffer.cuh"
+#include "kernels/buffer.hpp"
 #include "kernels/device_hooks.hpp"
-#include "policies/views.hpp"
-
-namespace kv {
-
-/// A thread block as a team. An index always meets the same thread, so passes over one's own slots need no sync().
-struct BlockTeam {
-  template <class F>
-  __device__ void for_each(int n, F f) const {
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) f(i);
-  }
-  /// As HostTeam::sum, in the same order of additions; blocks have 256 threads.
-  template <class F>
-  __device__ float sum(int n, F f) const {
-    __shared__ float partial[256];
-    float mine = 0;
-    for_each(n, [&](int i) { mine += f(i); });
-    __syncthreads();
-    partial[threadIdx.x] = mine;
-    for (unsigned half = 128; half > 0; half /= 2) {
-      __syncthreads();
-      if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-    }
-    __syncthreads();
-    return partial[0];
-  }
-  /// As HostTeam::max.
-  template <class F>
-  __device__ float max(int n, F f) const {
-    __shared__ float partial[256];
-    float mine = -INFINITY;
-    for_each(n, [&](int i) { mine = f(i) > mine ? f(i) : mine; });
-    __syncthreads();
-    partial[threadIdx.x] = mine;
-    for (unsigned half = 128; half > 0; half /= 2) {
-      __syncthreads();
-      if (threadIdx.x < half && partial[threadIdx.x + half] > partial[threadIdx.x])
-        partial[threadIdx.x] = partial[threadIdx.x + half];
-    }
-    __syncthreads();
-    return partial[0];
-  }
-  __device__ void sync() const { __syncthreads(); }
-};
-
-}  // namespace kv
-
-#define KV_REGISTER(Type)                            \
-  static_assert(::kv::detail::check_policy<Type>()); \
-  [[maybe_unused]] const bool device_##Type = ::kv::register_device_hooks(Type::doc.name, ::kv::run_hooks<Type>)
-
+#include "kernels/team.cuh"
 #include "policies/policy.hpp"
+
 
 namespace kv {
 
@@ -79,7 +30,8 @@ KV_HD inline FoldTarget sample_target(int multiplicity) {
 template <class P>
 __global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename P::HeadState, typename P::Scratch> head,
                             const Sight sight, const DeviceOutputs out) {
-  const BlockTeam team;
+  __shared__ TeamMemory memory;
+  const BlockTeam team{&memory};
   const Traits traits = policy.traits();
   const auto view = [&](int s, float probe) {
     return SlotView<typename P::Slot>{head.state(s), head.info(),          head.token(s),

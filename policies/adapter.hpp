@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "policies/policy.hpp"
@@ -177,6 +179,12 @@ template <class P>
 class BoundPolicyOf final : public BoundPolicy {
  public:
   std::vector<Field> fields() override { return fields_of(policy_); }
+  std::vector<std::pair<std::string, Value>> values() const override {
+    P copy = policy_;
+    std::vector<std::pair<std::string, Value>> all;
+    for (const Field& field : fields_of(copy)) all.emplace_back(field.name, field.get());
+    return all;
+  }
   Traits traits() const override { return policy_.traits(); }
   std::unique_ptr<HeadProgram> bind(const HeadInfo& head) const override {
     return std::make_unique<HeadProgramOf<P>>(policy_, head);

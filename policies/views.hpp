@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/dtype.hpp"
 #include "core/policy.hpp"
 
 #if defined(__CUDACC__)
@@ -27,24 +28,26 @@ inline constexpr float protect = 3.402823466e38f;
 /// Per query head of the group: the sum over query rows of weigh(probability), by default attention mass.
 class Observed {
  public:
-  KV_HD Observed(const float* sums, int rows, int group) : sums_(sums), rows_(rows), group_(group) {}
-  KV_HD float operator[](int g) const { return sums_[g]; }
+  /// Head g's sum is sums[g * step].
+  KV_HD Observed(const float* sums, int rows, int group, int step = 1)
+      : sums_(sums), rows_(rows), group_(group), step_(step) {}
+  KV_HD float operator[](int g) const { return sums_[static_cast<long>(g) * step_]; }
   KV_HD int group() const { return group_; }
   KV_HD int rows() const { return rows_; }  // how many query rows were summed
   KV_HD float mean() const {
     float sum = 0;
-    for (int g = 0; g < group_; ++g) sum += sums_[g];
+    for (int g = 0; g < group_; ++g) sum += (*this)[g];
     return sum / static_cast<float>(group_);
   }
   KV_HD float max() const {
-    float best = sums_[0];
-    for (int g = 1; g < group_; ++g) best = sums_[g] > best ? sums_[g] : best;
+    float best = (*this)[0];
+    for (int g = 1; g < group_; ++g) best = (*this)[g] > best ? (*this)[g] : best;
     return best;
   }
 
  private:
   const float* sums_;
-  int rows_, group_;
+  int rows_, group_, step_;
 };
 
 /// One slot, in a slot hook: its own data only, so hooks cannot race.
@@ -63,43 +66,51 @@ struct SlotView {
   KV_HD float log_multiplicity() const { return multiplicity > 1 ? kv::log(static_cast<float>(multiplicity)) : 0.f; }
 };
 
-/// One key or value.
+/// One key or value in float32. Engines that store rows otherwise have a row type of their own with these members.
 struct Row {
   const float* data;
   int dim;
   KV_HD float operator[](int c) const { return data[c]; }
+  /// Row `index` of `rows`, which an engine stores as it likes.
+  KV_HD static Row at(const void* rows, Dtype, long index, int dim) {
+    return {static_cast<const float*>(rows) + index * dim, dim};
+  }
 };
 
 /// Who works on a row: a loop on the CPU, a warp on CUDA. All members must call together.
 struct RowTeam {
   /// Sum of a[c] * b[c]: 8 channels in order, then a tree over the chunks; the same order on both engines.
-  KV_HD float dot(Row a, Row b) const {
+  template <class A, class B = Row>
+  KV_HD float dot(A a, B b) const {
     float chunk[max_chunks] = {};
     const int chunks = (a.dim + 7) / 8;
     if (a.dim % 8 == 0 &&
         chunks <= max_chunks)  // channel by channel of all chunks at once: a vector loop, the same sums
       for (int c = 0; c < 8; ++c)
-        for (int i = 0; i < chunks; ++i) chunk[i] += a.data[8 * i + c] * b.data[8 * i + c];
+        for (int i = 0; i < chunks; ++i) chunk[i] += a[8 * i + c] * b[8 * i + c];
     else
-      for (int c = 0; c < a.dim; ++c) chunk[(c / 8) % max_chunks] += a.data[c] * b.data[c];
+      for (int c = 0; c < a.dim; ++c) chunk[(c / 8) % max_chunks] += a[c] * b[c];
     for (int n = chunks < max_chunks ? chunks : max_chunks; n > 1; n = (n + 1) / 2)
       for (int i = 0; i < n / 2; ++i) chunk[i] += chunk[i + (n + 1) / 2];
     return chunk[0];
   }
   /// Of the angle between two rows; 0 when one is zero.
-  KV_HD float cosine(Row a, Row b) const {
+  template <class A, class B = Row>
+  KV_HD float cosine(A a, B b) const {
     const float norms = std::sqrt(dot(a, a)) * std::sqrt(dot(b, b));
     const float cosine = norms > 0 ? dot(a, b) / norms : 0.f;
     return cosine > 1 ? 1.f : cosine < -1 ? -1.f : cosine;  // rounding may go beyond
   }
-  KV_HD float distance(Row a, Row b) const {
+  template <class A, class B = Row>
+  KV_HD float distance(A a, B b) const {
     float sum = 0;
-    for (int c = 0; c < a.dim; ++c) sum += (a.data[c] - b.data[c]) * (a.data[c] - b.data[c]);
+    for (int c = 0; c < a.dim; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
     return std::sqrt(sum);
   }
   /// vector += weight * row
-  KV_HD void add(float* vector, float weight, Row row) const {
-    for (int c = 0; c < row.dim; ++c) vector[c] += weight * row.data[c];
+  template <class A>
+  KV_HD void add(float* vector, float weight, A row) const {
+    for (int c = 0; c < row.dim; ++c) vector[c] += weight * row[c];
   }
 
  private:
@@ -140,13 +151,14 @@ struct HostTeam {
 #define KV_NEEDS(pointer, what) ((pointer) != nullptr ? (void)0 : ::kv::hook_lacks(what))
 #endif
 
-/// One KV head: its slots 0 .. size()-1 in no particular order, linked in token order.
-template <class State, class HeadState, class Scratch>
+/// One KV head: its slots 0 .. size()-1 in no particular order, linked in token order. RowOf is what a key or value is.
+template <class State, class HeadState, class Scratch, class RowOf = Row>
 struct HeadView {
   const HeadInfo* info_ = nullptr;
   Moment moment_;
   int size_ = 0;
-  const float *keys_ = nullptr, *values_ = nullptr;
+  const void *keys_ = nullptr, *values_ = nullptr;
+  Dtype elements_ = Dtype::float32;  // of keys and values
   const int *token_ = nullptr, *multiplicity_ = nullptr, *order_ = nullptr, *rank_ = nullptr;
   State* state_ = nullptr;
   HeadState* head_state_ = nullptr;
@@ -181,8 +193,8 @@ struct HeadView {
   /// of the cache.
   KV_HD Scratch& scratch(int s) const { return scratch_[s]; }
   /// Rotated at its own position under positions `absolute`, unrotated otherwise.
-  KV_HD Row key(int s) const { return {keys_ + static_cast<long>(s) * info_->key_dim, info_->key_dim}; }
-  KV_HD Row value(int s) const { return {values_ + static_cast<long>(s) * info_->value_dim, info_->value_dim}; }
+  KV_HD RowOf key(int s) const { return RowOf::at(keys_, elements_, s, info_->key_dim); }
+  KV_HD RowOf value(int s) const { return RowOf::at(values_, elements_, s, info_->value_dim); }
   /// The policy's own float[key_dim], with the trait key_probe.
   KV_HD float* vector() const { return KV_NEEDS(vector_, "head.vector() needs the trait key_probe"), vector_; }
   /// The policy's own float[value_dim], with the trait value_vector.

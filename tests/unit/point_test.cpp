@@ -1,10 +1,12 @@
 #include "experiments/point.hpp"
 
+#include <fmt/core.h>
 #include <gtest/gtest.h>
 
 #include <set>
 
 #include "config_error.hpp"
+#include "kernels/engine.hpp"
 
 namespace kv {
 namespace {
@@ -13,7 +15,11 @@ std::vector<Point> points_of(const std::string& text, const std::vector<std::str
   return resolve(expand(parse_config(text, "c.yaml", overrides)));
 }
 
-Point point_of(const std::string& text) { return points_of("trace: t.h5\n" + text).at(0); }
+/// On the CPU unless `text` says otherwise, so that a machine's GPU changes nothing here.
+Point point_of(const std::string& text) {
+  const std::string backend = text.find("backend:") == std::string::npos ? "backend: cpu\n" : "";
+  return points_of("trace: t.h5\n" + text + backend).at(0);
+}
 
 std::string error_of(const std::string& text, const std::vector<std::string>& overrides = {}) {
   return config_error([&] { points_of("trace: t.h5\n" + text, overrides); });
@@ -32,7 +38,7 @@ TEST(Point, ResolvesAutoToThePublishedSettings) {
   EXPECT_EQ(value(snapkv, "replay.compress"), "prompt");
   EXPECT_EQ(value(snapkv, "replay.block"), "all");
   EXPECT_EQ(value(snapkv, "policy.window"), "32") << "unset parameters are there too";
-  EXPECT_EQ(value(snapkv, "backend"), "cpu");
+  EXPECT_EQ(value(point_of("policy: full\nbackend: auto\n"), "backend"), devices().empty() ? "cpu" : "cuda");
   EXPECT_EQ(value(point_of("policy: snapkv\nbudget: 25%\nreplay.compress: always\n"), "replay.compress"), "always");
   const Point weighted = point_of("policy: weighted_kv\nbudget: 25%\n");
   EXPECT_EQ(weighted.block, Block{1});
@@ -104,13 +110,23 @@ TEST(Point, ErrorsNameFileLineKeyAndNearestName) {
   EXPECT_EQ(config_error([] { points_of("budget: 1\nsweep:\n - policy: h2o\n"); }), "c.yaml:3: trace: missing");
 }
 
-TEST(Point, CudaIsOneClearError) {
+TEST(Point, CudaWithoutADeviceIsOneClearError) {
+  if (!devices().empty()) GTEST_SKIP() << "there is a device: " << devices().front().name;
   try {
     points_of("trace: t\npolicy: h2o\nbudget: 1\nbackend: cuda\n");
     FAIL();
   } catch (const CudaError& error) {
-    EXPECT_STREQ(error.what(), "c.yaml:4: backend: this kvreplay has no CUDA engine yet; use backend: cpu or auto");
+    EXPECT_EQ(error.what(),
+              fmt::format("c.yaml:4: backend: no CUDA device: {}; use backend: cpu or auto", why_no_device()));
+    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
   }
+  EXPECT_THROW(points_of("trace: t\npolicy: full\n", {"backend=[cpu, cuda]"}), CudaError);
+}
+
+TEST(Point, OnTheGpuItIsAnotherRun) {
+  if (devices().empty()) GTEST_SKIP() << "no CUDA device: " << why_no_device();
+  EXPECT_NE(id("policy: h2o\nbudget: 25%\nbackend: cuda\n"), id("policy: h2o\nbudget: 25%\nbackend: cpu\n"));
+  EXPECT_EQ(id("policy: h2o\nbudget: 25%\nbackend: cuda\n"), id("policy: h2o\nbudget: 25%\nbackend: auto\n"));
 }
 
 TEST(RunId, IsStable) {

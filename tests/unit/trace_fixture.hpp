@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/hdf5.hpp"
+#include "core/rounding.hpp"
 #include "core/trace.hpp"
 #include "core/trace_writer.hpp"
 

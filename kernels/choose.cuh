@@ -1,0 +1,260 @@
+// Which slots stay: core/select.cpp's rule by a thread block. Everything is by place (token order) until stays[slot].
+#pragma once
+#include "kernels/play.cuh"
+#include "policies/policy.hpp"
+
+namespace kv {
+
+/// core/select.hpp's Safety as bytes.
+enum : std::uint8_t { safety_normal, safety_protected, safety_sink };
+
+__device__ inline std::uint8_t safety_of(const Play& play, float score, int token) {
+  if (score == INFINITY || token < play.unit.protect.sinks) return safety_sink;
+  return score == kv::protect || play.now - token < play.unit.protect.recent ? safety_protected : safety_normal;
+}
+
+/// One head's candidates, or those of all heads of a layer together.
+struct DeviceCandidates {
+  const float* score;
+  const std::uint8_t* safety;
+};
+
+/// Writes score_at and safety_at of one buffer from unit.score; a link is as safe as the safer of its slots. Gives a
+/// barrier.
+__device__ __noinline__ inline void classify(const Play& play, bool links, int buffer) {
+  const Unit& unit = play.unit;
+  play.team.for_each(play.size, [&](int i) {
+    const int slot = unit.order[i], token = unit.token[slot];
+    const float score = unit.score[slot];
+    if (isnan(score)) play.fail(UnitError::nan_score, slot, token);
+    std::uint8_t safety = safety_of(play, score, token);
+    if (links && safety == safety_normal && i + 1 < play.size &&
+        play.now - unit.token[unit.order[i + 1]] < unit.protect.recent)
+      safety = safety_protected;
+    unit.safety_at[buffer][i] = safety;
+    unit.score_at[buffer][i] = safety == safety_normal ? score : 0;  // no longer compared: sums over heads stay finite
+  });
+  __syncthreads();
+}
+
+/// The candidates that decide: the unit's own, or the sums over its layer's heads, whose arrays must be complete. Gives a
+/// barrier.
+__device__ __noinline__ inline DeviceCandidates decisive(const Play& play, const Unit* units, bool together, int buffer) {
+  const Unit& unit = play.unit;
+  if (!together || unit.layer_heads == 1) return {unit.score_at[buffer], unit.safety_at[buffer]};
+  play.team.for_each(play.size, [&](int i) {
+    float score = 0;
+    std::uint8_t safety = 0;
+    for (int h = 0; h < unit.layer_heads; ++h) {
+      const Unit& other = units[unit.first_head + h];
+      const float theirs = __ldcg(other.score_at[buffer] + i);
+      const std::uint8_t safe = __ldcg(other.safety_at[buffer] + i);
+      score = h == 0 ? theirs : score + theirs;
+      safety = safe > safety ? safe : safety;
+    }
+    unit.all_score[i] = score, unit.all_safety[i] = safety;
+  });
+  __syncthreads();
+  return {unit.all_score, unit.all_safety};
+}
+
+/// The k-th smallest key of those i < n that take part (k from 1), and how many of that key are among the k: a radix
+/// selection, 8 bits at a time.
+struct Threshold {
+  unsigned key;
+  int equal;
+};
+template <class Takes, class Key>
+__device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key key_of) {
+  unsigned prefix = 0;
+  int left = k;
+  for (int shift = 24; shift >= 0; shift -= 8) {
+    team.for_each(256, [&](int i) { team.memory->counts[i] = 0; });
+    __syncthreads();
+    const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
+    team.for_each(n, [&](int i) {
+      if (!takes(i)) return;
+      const unsigned key = key_of(i);
+      if ((key & mask) == prefix) atomicAdd(&team.memory->counts[key >> shift & 255u], 1);
+    });
+    __syncthreads();
+    int before;
+    const int mine = team.memory->counts[threadIdx.x];
+    team.scan(mine, before);
+    if (before < left && before + mine >= left) {
+      team.memory->flag = static_cast<int>(threadIdx.x);
+      team.memory->number = left - before;
+    }
+    __syncthreads();
+    prefix |= static_cast<unsigned>(team.memory->flag) << shift;
+    left = team.memory->number;
+    __syncthreads();
+  }
+  return {prefix, left};
+}
+
+/// Marks in `goes` (by place) the k candidates of the lowest scores among those that take part; `older_first`: of equals
+/// the older, else the newer. Gives a barrier.
+template <class Takes>
+__device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, int k, bool older_first, Takes takes,
+                            int* goes) {
+  if (k <= 0) return;
+  const auto key = [&](int i) { return Cut::key_of(c.score[i]); };
+  const Threshold threshold = kth_smallest(team, n, k, takes, key);
+  const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
+  team.number(
+      n, [&](int i) { return takes(place(i)) && key(place(i)) == threshold.key; },
+      [&](int i, int before) {
+        const int at = place(i);
+        if (!takes(at)) return;
+        const unsigned mine = key(at);
+        if (mine < threshold.key || (mine == threshold.key && before < threshold.equal)) goes[at] = 1;
+      });
+  __syncthreads();
+}
+
+/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier.
+__device__ __noinline__ inline void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
+  const BlockTeam team = play.team;
+  const int n = play.size, budget = play.budget;
+  const int safe = team.count(n, [&](int i) { return c.safety[i] != safety_normal; });
+  if (safe <= budget) {
+    team.for_each(n, [&](int i) { goes[i] = 0; });
+    __syncthreads();
+    mark_lowest(team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
+    return;
+  }
+  // The first sinks, leaving one slot for another; then the newest of what is protected.
+  const int sinks = team.number(
+      n, [&](int i) { return c.safety[i] == safety_sink; },
+      [&](int i, int before) { goes[i] = !(c.safety[i] == safety_sink && before < budget - 1); });
+  __syncthreads();
+  const int left = budget - min(sinks, budget - 1);
+  const auto waits = [&](int i) { return c.safety[n - 1 - i] != safety_normal && goes[n - 1 - i] != 0; };
+  int found = 0;
+  for (int first = 0; first < n && found < left; first += team_threads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const bool mine = i < n && waits(i);
+    int before;
+    const int here = team.scan(mine, before);
+    if (mine && found + before < left) goes[n - 1 - i] = 0;
+    found += here;
+  }
+  __syncthreads();
+}
+
+/// core/select.cpp's select_links: goes[place + 1] = 1 for every link (place, place + 1) that is joined. `state` is [n].
+/// Gives a barrier.
+__device__ __noinline__ inline void select_links(const Play& play, const DeviceCandidates& c, const Traits& traits, int* goes, int* state) {
+  const BlockTeam team = play.team;
+  const int n = play.size, budget = play.budget, links = n - 1;
+  const bool by_limit = !traits.needs_budget();
+  const auto safety = [&](int i) -> std::uint8_t {
+    const bool fits = i < budget - 1;
+    return c.safety[i] == safety_sink && !fits ? safety_protected : c.safety[i];
+  };
+  team.for_each(n, [&](int i) { goes[i] = 0; });
+  __syncthreads();
+  const int normal = team.count(links, [&](int i) { return safety(i) == safety_normal; });
+  const auto is_normal = [&](int i) { return i < links && safety(i) == safety_normal; };
+  const auto is_safe = [&](int i) { return i < links && safety(i) == safety_protected; };
+  int left = by_limit ? n : n - budget;
+  if (left <= 0 || links <= 0) return;
+  const auto mark = [&](auto takes, int k, bool scored) {  // links by place; goes is by the right slot
+    if (k <= 0) return;
+    team.for_each(n, [&](int i) { state[i] = 0; });
+    __syncthreads();
+    if (scored)
+      mark_lowest(team, c, links, k, true, takes, state);
+    else
+      team.number(links, takes, [&](int i, int before) { state[i] = takes(i) && before < k; });
+    __syncthreads();
+    team.for_each(links, [&](int i) {
+      if (state[i]) goes[i + 1] = 1;
+    });
+    __syncthreads();
+  };
+  if (traits.picks != Picks::disjoint) {
+    const auto low = [&](int i) { return is_normal(i) && (!by_limit || c.score[i] < traits.every_link_below); };
+    const int lowest = by_limit ? team.count(links, low) : min(left, normal);
+    mark(low, lowest, true);
+    if (!by_limit && left > lowest) mark(is_safe, left - lowest, false);
+    return;
+  }
+  // Disjoint: greedily from the lowest. A link is in when it is the lowest of what is undecided around it, and then its
+  // neighbours are out; in the end the lowest `left` of those that are in are taken. Only links of one safety a round.
+  const bool scored = normal > 0;
+  const auto takes = [&](int i) {
+    return (scored ? is_normal(i) : is_safe(i)) && (!by_limit || (scored && c.score[i] < traits.every_link_below));
+  };
+  constexpr int undecided = 0, in = 1, out = 2;
+  team.for_each(n, [&](int i) { state[i] = takes(i) ? undecided : out; });
+  __syncthreads();
+  const auto below = [&](int i, int j) {  // whether link i is picked before its neighbour j
+    const float a = scored ? c.score[i] : 0.f, b = scored ? c.score[j] : 0.f;
+    return a < b || (a == b && i < j);
+  };
+  for (bool more = true; more;) {
+    team.for_each(links, [&](int i) {
+      if (state[i] != undecided) return;
+      const bool left_waits = i > 0 && state[i - 1] == undecided, right_waits = state[i + 1] == undecided;
+      goes[i] = (!left_waits || below(i, i - 1)) && (!right_waits || below(i, i + 1));
+    });
+    __syncthreads();
+    int changed = 0;
+    team.for_each(links, [&](int i) {
+      if (state[i] != undecided || !goes[i]) return;
+      state[i] = in, changed = 1;
+    });
+    __syncthreads();
+    team.for_each(links, [&](int i) {
+      if (state[i] == undecided && ((i > 0 && state[i - 1] == in) || state[i + 1] == in)) state[i] = out;
+    });
+    more = __syncthreads_or(changed) != 0;
+  }
+  team.for_each(n, [&](int i) { goes[i] = 0; });
+  __syncthreads();
+  const auto picked = [&](int i) { return i < links && state[i] == in; };
+  const int all = team.count(links, picked);
+  if (!scored) {
+    team.number(links, picked, [&](int i, int before) {
+      if (picked(i) && before < left) goes[i + 1] = 1;
+    });
+    __syncthreads();
+    return;
+  }
+  // mark() needs its own `state`: the lowest are marked in place, shifted by one afterwards.
+  int* lowest = play.unit.work[2];
+  team.for_each(n, [&](int i) { lowest[i] = 0; });
+  __syncthreads();
+  mark_lowest(team, c, links, min(left, all), true, picked, lowest);
+  team.for_each(links, [&](int i) {
+    if (lowest[i]) goes[i + 1] = 1;
+  });
+  __syncthreads();
+}
+
+/// From places to slots: stays[slot], and how many go. Gives a barrier.
+__device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
+  const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
+  play.team.for_each(play.size, [&](int i) { play.unit.stays[play.unit.order[i]] = goes[i] == 0; });
+  __syncthreads();
+  return gone;
+}
+
+/// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.
+__device__ __noinline__ inline void link_targets(const Play& play, Picks picks) {
+  const Unit& unit = play.unit;
+  play.team.for_each(play.size, [&](int i) {
+    const int slot = unit.order[i];
+    unit.target[slot] = -1;
+    if (unit.stays[slot]) return;
+    int left = i - 1;
+    if (picks == Picks::fold)
+      while (left >= 0 && !unit.stays[unit.order[left]]) --left;
+    unit.target[slot] = left >= 0 ? unit.order[left] : -1;
+  });
+  __syncthreads();
+}
+
+}  // namespace kv

@@ -1,0 +1,418 @@
+// Applying merges by a thread block: core/fold.cpp and the merging half of core/head_compress.cpp. Every plan is made from
+// the rows as they were; every sum is added in token order of the victims, by one owner.
+#pragma once
+#include "kernels/play.cuh"
+#include "policies/policy.hpp"
+
+namespace kv {
+
+namespace detail {
+
+__device__ inline bool outside(float weight) { return !(weight >= -1e-6f && weight <= 1 + 1e-6f); }
+
+/// Cuts a slot's count to `clip` tokens; by one thread.
+__device__ inline void clip_count(const Play& play, int slot, int clip) {
+  const int beyond = play.unit.multiplicity[slot] - clip;
+  if (clip == 0 || beyond <= 0) return;
+  play.unit.multiplicity[slot] = clip;
+  atomicAdd(reinterpret_cast<unsigned long long*>(&play.progress.lost_by_clip), static_cast<unsigned long long>(beyond));
+}
+
+__device__ inline void count(long long& counter, long long n = 1) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(&counter), static_cast<unsigned long long>(n));
+}
+
+/// Whether a plan can be; records the first that cannot.
+__device__ inline bool plan_can_be(const Play& play, const Fold& plan, int victim) {
+  if (plan.target < 0) return true;
+  const bool weighted = isfinite(plan.key) && isfinite(plan.value) && isfinite(plan.own_key) &&
+                        isfinite(plan.own_value) && isfinite(plan.extra) && plan.spread >= 1;
+  if (plan.target != victim && plan.target < play.size && weighted) return true;
+  play.fail(UnitError::bad_plan, victim, plan.target, play.size);
+  play.progress.error_weights[0] = plan.key, play.progress.error_weights[1] = plan.own_key;
+  play.progress.error_weights[2] = plan.value, play.progress.error_weights[3] = plan.own_value;
+  return false;
+}
+
+__device__ inline void keep_note(const Play& play, const Fold& plan) {
+  if (!isfinite(plan.note)) return;
+  const int at = atomicAdd(&play.progress.notes, 1);
+  if (at < play.trace.tokens) play.unit.notes[at] = plan.note;
+}
+
+/// The sums of one target over its victims victim(0 .. n), not yet adjusted.
+template <class Plan>
+__device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) {
+  FoldTarget sum;
+  sum.multiplicity = play.unit.multiplicity[target];
+  for (int i = 0; i < n; ++i) {
+    int victim;
+    const Fold& plan = plan_of(i, victim);
+    if (i == 0) {
+      sum.own_key = plan.own_key, sum.own_value = plan.own_value;
+      sum.key_divisor = sum.own_key, sum.value_divisor = sum.own_value;
+    }
+    ++sum.victims;
+    sum.multiplicity += play.unit.multiplicity[victim];
+    sum.extra += plan.extra;
+    sum.value += plan.value, sum.value_divisor += plan.value;
+    sum.key += plan.key, sum.key_divisor += plan.key;
+  }
+  return sum;
+}
+
+/// Writes a target's key and value, adjusted sums given, by one warp: channels dealt over lanes.
+template <class Player, class Plan>
+__device__ void write_target(Player& player, int target, int n, const FoldTarget& sum, Plan plan_of) {
+  const Unit& unit = player.unit;
+  const TraceData& trace = player.trace;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
+  const auto sums = [&](void* rows, int dim, auto weight_of) {  // row = (own * row + sum of weight * victim) / divisor
+    for (int c = lane; c < dim; c += 32) {
+      float added = 0, own = 1, divisor = 1;
+      for (int i = 0; i < n; ++i) {
+        int victim;
+        const Fold& plan = plan_of(i, victim);
+        const float weight = weight_of(plan, victim, c);
+        if (weight != 0 || by_channel)
+          added += weight * load_element(rows, trace.elements, static_cast<long>(victim) * dim + c);
+      }
+      const long at = static_cast<long>(target) * dim + c;
+      own = weight_of(sum, target, c);
+      divisor = weight_of(sum, -1, c);
+      if (!isfinite(divisor) || divisor == 0) {
+        player.fail(UnitError::bad_divisor, target);
+        continue;
+      }
+      store_element(rows, trace.elements, at,
+                    round_as(trace.dtype, (own * load_element(rows, trace.elements, at) + added) / divisor));
+    }
+  };
+  bool key_moves = by_channel, value_moves = false, leaves = outside(sum.own_key / sum.key_divisor);
+  for (int i = 0; i < n; ++i) {
+    int victim;
+    const Fold& plan = plan_of(i, victim);
+    key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
+    leaves = leaves || outside(plan.key / sum.key_divisor);
+  }
+  // Without weight from any victim a row is what it was, unless on_target scales it.
+  key_moves = key_moves || sum.own_key != sum.key_divisor, value_moves = value_moves || sum.own_value != sum.value_divisor;
+  if constexpr (by_channel) {
+    struct ByChannel {
+      Player& player;
+      int target, n;
+      Plan plan_of;
+      __device__ float operator()(const Fold&, int victim, int c) const { return weight(victim, c); }
+      __device__ float operator()(const FoldTarget&, int slot, int c) const {
+        if (slot >= 0) return weight(slot, c);
+        float added = 0;
+        for (int i = 0; i < n; ++i) {
+          int victim;
+          plan_of(i, victim);
+          added += weight(victim, c);
+        }
+        return weight(target, c) + added;
+      }
+      __device__ float weight(int slot, int c) const { return player.policy.key_weight(player.head, slot, c); }
+    };
+    sums(unit.keys, trace.key_dim, ByChannel{player, target, n, plan_of});
+  } else {
+    struct Keys {
+      __device__ float operator()(const Fold& plan, int, int) const { return plan.key; }
+      __device__ float operator()(const FoldTarget& all, int slot, int) const {
+        return slot >= 0 ? all.own_key : all.key_divisor;
+      }
+    };
+    if (key_moves) sums(unit.keys, trace.key_dim, Keys{});
+    if (key_moves && leaves && lane == 0) count(player.progress.weights_outside);
+  }
+  if (key_moves && lane == 0 && !player.absolute()) unit.rotated_at[target] = -1;
+  if (!value_moves) return;
+  struct Values {
+    __device__ float operator()(const Fold& plan, int, int) const { return plan.value; }
+    __device__ float operator()(const FoldTarget& all, int slot, int) const {
+      return slot >= 0 ? all.own_value : all.value_divisor;
+    }
+  };
+  sums(unit.values, trace.value_dim, Values{});
+  const bool balanced = std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor);
+  if (lane == 0 && !balanced) count(player.progress.unbalanced);
+}
+
+}  // namespace detail
+
+namespace detail {
+/// By one thread, in RowTeam's order. Called from several places, inlined in none: unrolled it is long.
+__device__ __noinline__ inline float row_dot(DeviceRow a, DeviceRow b) { return RowTeam{}.dot(a, b); }
+}  // namespace detail
+
+/// Every victim's most similar kept slot that receives: target[slot] and similarity[slot], of equals the older. Gives a
+/// barrier.
+template <class Player>
+__device__ __noinline__ void find_nearest(Player& player) {
+  const Unit& unit = player.unit;
+  const BlockTeam team = player.team;
+  const int n = player.size;
+  const bool cosine = player.traits.nearest == Nearest::cosine;
+  int* receiving = unit.work[2];  // slots in token order
+  float* norm = unit.norm;        // by slot
+  team.for_each(n, [&](int s) {
+    const float length = cosine ? std::sqrt(detail::row_dot(player.head.key(s), player.head.key(s))) : 1.f;
+    norm[s] = length > 0 ? length : 1.f;
+    unit.similarity[s] = 0;
+  });
+  __syncthreads();
+  const auto receives = [&](int i) {
+    const int slot = unit.order[i];
+    if (!unit.stays[slot]) return false;
+    if constexpr (detail::declares_receives<typename Player::PolicyType>)
+      return player.policy.receives(player.view(slot));
+    else
+      return true;
+  };
+  const int receivers = team.number(n, receives, [&](int i, int before) {
+    if (receives(i)) receiving[before] = unit.order[i];
+  });
+  __syncthreads();
+  if (receivers == 0) return;
+  const auto nearest_of = [&](int victim, int first, int step, float& best) {  // among receivers first, first + step, ...
+    int at = -1;
+    for (int i = first; i < receivers; i += step) {
+      const int slot = receiving[i];
+      const float dot = detail::row_dot(player.head.key(victim), player.head.key(slot)) / (norm[victim] * norm[slot]);
+      if (at < 0 || dot > best) best = dot, at = i;
+    }
+    return at;
+  };
+  const auto keep = [&](int victim, int at, float best) {
+    unit.target[victim] = receiving[at];
+    unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
+  };
+  const int gone = team.count(n, [&](int i) { return unit.stays[unit.order[i]] == 0; });
+  if (gone >= team_threads) {  // a victim a thread
+    team.for_each(n, [&](int i) {
+      const int victim = unit.order[i];
+      if (unit.stays[victim]) return;
+      float best = 0;
+      const int at = nearest_of(victim, 0, 1, best);
+      keep(victim, at, best);
+    });
+    __syncthreads();
+    return;
+  }
+  for (int i = 0; i < n; ++i) {  // all threads on a victim
+    const int victim = unit.order[i];
+    if (unit.stays[victim]) continue;
+    float best = 0;
+    const int at = nearest_of(victim, static_cast<int>(threadIdx.x), team_threads, best);
+    const unsigned long long key =
+        at < 0 ? ~0ull : static_cast<unsigned long long>(~Cut::key_of(best)) << 32 | static_cast<unsigned>(at);
+    const unsigned long long least = team.min_key(key);
+    if (key == least) keep(victim, at, best);
+    __syncthreads();
+  }
+}
+
+/// What merge: false on links leaves: the counts as if the right slots had joined. Needs and gives a barrier.
+__device__ __noinline__ inline void count_as_if_merged(const Play& play, int clip) {
+  const Unit& unit = play.unit;
+  play.team.for_each(play.size, [&](int i) {
+    const int slot = unit.order[i];
+    if (!unit.stays[slot]) return;
+    const auto joins = [&](int place) {
+      return place >= 0 && place < play.size && !unit.stays[unit.order[place]] && unit.target[unit.order[place]] == slot;
+    };
+    int tokens = unit.multiplicity[slot];
+    for (int j = i + 1; joins(j); ++j) tokens += unit.multiplicity[unit.order[j]];
+    for (int j = i - 1; joins(j); --j) tokens += unit.multiplicity[unit.order[j]];  // a run that settled at a later pivot
+    unit.multiplicity[slot] = tokens;
+    detail::clip_count(play, slot, clip);
+  });
+  __syncthreads();
+}
+
+/// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. Needs
+/// and gives a barrier.
+template <class Player>
+__device__ __noinline__ void fold_one(Player& player, int victim) {
+  const Unit& unit = player.unit;
+  player.look_around();
+  Fold& plan = unit.plans[victim];
+  const bool any_slot = player.traits.one_at_a_time;
+  if (threadIdx.x == 0) {
+    plan = player.policy.on_merge(player.head, victim);
+    if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
+    if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
+      player.progress.lost_in_folds += unit.multiplicity[victim];
+      plan.target = -1;
+    }
+    if (plan.target < 0) ++player.progress.evictions;
+  }
+  __syncthreads();
+  const Fold mine = plan;
+  if (mine.target < 0) return;
+  const auto only = [&](int, int& v) -> const Fold& {
+    v = victim;
+    return plan;
+  };
+  const auto each_target = [&](auto f) {  // f(i, slot) of every slot that receives, by the warp that owns it
+    int left = mine.spread, i = 0;
+    for (int place = unit.rank[mine.target]; left > 0 && place < player.size; ++place) {
+      const int slot = unit.order[place];
+      if ((!any_slot && !unit.stays[slot]) || slot == victim) continue;
+      --left;
+      if (i % team_warps == static_cast<int>(threadIdx.x / 32)) f(i, slot);
+      ++i;
+    }
+  };
+  each_target([&](int i, int slot) {
+    FoldTarget sum = detail::sum_of(player, slot, 1, only);
+    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
+      player.policy.on_target(player.head, slot, sum);
+    if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
+  });
+  __syncthreads();
+  each_target([&](int i, int slot) { detail::write_target(player, slot, 1, unit.targets[i], only); });
+  if (mine.spread == 1)
+    player.row_changed(mine.target);
+  else
+    player.resume = false;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unit.multiplicity[mine.target] += unit.multiplicity[victim];
+    unit.parent[unit.token[victim]] = unit.token[mine.target];
+    if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
+      player.policy.on_fold(player.head.state(mine.target), player.head.state(victim), mine);
+    detail::clip_count(player, mine.target, player.traits.clip);
+    detail::keep_note(player, mine);
+    ++player.progress.merges;
+    player.progress.lost = 1;
+  }
+  __syncthreads();
+}
+
+/// Folds many victims at once. Needs and gives a barrier.
+template <class Player>
+__device__ __noinline__ void fold_many(Player& player, const int* going, int gone) {
+  const Unit& unit = player.unit;
+  const BlockTeam team = player.team;
+  const int n = player.size;
+  player.look_around();
+  if (gone == 0) return;
+  int *kept_place = unit.work[1], *kept_slot = unit.work[2];  // by slot: its number among those that stay; and back
+  const int kept = team.number(
+      n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
+      [&](int i, int before) {
+        const int slot = unit.order[i];
+        kept_place[slot] = before;
+        if (unit.stays[slot]) kept_slot[before] = slot;
+      });
+  __syncthreads();
+  int joined = 0;
+  team.for_each(gone, [&](int i) {
+    const int victim = going[i];
+    Fold plan = player.policy.on_merge(player.head, victim);
+    if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
+    if (plan.target >= 0 && !unit.stays[plan.target]) {
+      detail::count(player.progress.lost_in_folds, unit.multiplicity[victim]);
+      plan.target = -1;
+    }
+    unit.plans[victim] = plan;
+    if (plan.target < 0)
+      detail::count(player.progress.evictions);
+    else
+      detail::keep_note(player, plan), ++joined;
+  });
+  int before;
+  joined = team.scan(joined, before);
+  if (joined == 0) return;
+  const auto first_of = [&](const Fold& plan) { return kept_place[plan.target]; };
+  const auto end_of = [&](const Fold& plan) { return min(kept, kept_place[plan.target] + plan.spread); };
+  // The victims of every target, in token order: counted, placed, filled in rounds of the team.
+  int *start = unit.work[3], *list = unit.list;
+  team.for_each(kept + 1, [&](int k) { start[k] = 0; });
+  __syncthreads();
+  const auto each = [&](int i, auto f) {
+    if (i >= gone) return;
+    const Fold& plan = unit.plans[going[i]];
+    if (plan.target < 0) return;
+    for (int k = first_of(plan); k < end_of(plan); ++k) f(k);
+  };
+  team.for_each(gone, [&](int i) { each(i, [&](int k) { atomicAdd(&start[k], 1); }); });
+  __syncthreads();
+  int total = 0;
+  for (int first = 0; first < kept; first += team_threads) {
+    const int k = first + static_cast<int>(threadIdx.x), mine = k < kept ? start[k] : 0;
+    int lower;
+    const int sum = team.scan(mine, lower);
+    if (k < kept) start[k] = total + lower;
+    total += sum;
+  }
+  if (total > unit.list_size) {  // cannot be: spread is for single victims
+    player.fail(UnitError::bad_plan, going[0], -1, total);
+    return;
+  }
+  __syncthreads();
+  for (int first = 0; first < gone; first += team_threads) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    each(i, [&](int k) {
+      int earlier = 0;  // victims of this round before mine that share the target
+      for (int j = first; j < i; ++j) {
+        const Fold& other = unit.plans[going[j]];
+        if (other.target >= 0 && first_of(other) <= k && k < end_of(other)) ++earlier;
+      }
+      list[start[k] + earlier] = going[i];
+    });
+    __syncthreads();
+    team.for_each(team_threads, [&](int j) { each(first + j, [&](int k) { atomicAdd(&start[k], 1); }); });
+    __syncthreads();
+  }
+  // start[k] is now the end of k's list.
+  const auto members = [&](int k, int& begin) {
+    begin = k > 0 ? start[k - 1] : 0;
+    return start[k] - begin;
+  };
+  team.for_each(kept, [&](int k) {
+    int begin;
+    const int size = members(k, begin);
+    if (size == 0) return;
+    FoldTarget sum = detail::sum_of(player, kept_slot[k], size, [&](int i, int& victim) -> const Fold& {
+      victim = list[begin + i];
+      return unit.plans[victim];
+    });
+    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
+      player.policy.on_target(player.head, kept_slot[k], sum);
+    unit.targets[k] = sum;
+  });
+  __syncthreads();
+  for (int k = static_cast<int>(threadIdx.x / 32); k < kept; k += team_warps) {
+    int begin;
+    const int size = members(k, begin);
+    if (size == 0) continue;
+    detail::write_target(player, kept_slot[k], size, unit.targets[k], [&](int i, int& victim) -> const Fold& {
+      victim = list[begin + i];
+      return unit.plans[victim];
+    });
+  }
+  __syncthreads();
+  team.for_each(kept, [&](int k) {
+    int begin;
+    const int size = members(k, begin), target = kept_slot[k];
+    for (int i = 0; i < size; ++i) {
+      const int victim = list[begin + i];
+      const Fold& plan = unit.plans[victim];
+      if (plan.target != target) continue;  // one of several that it is spread over
+      unit.multiplicity[target] += unit.multiplicity[victim];
+      unit.parent[unit.token[victim]] = unit.token[target];
+      if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
+        player.policy.on_fold(player.head.state(target), player.head.state(victim), plan);
+    }
+    if (size > 0) detail::clip_count(player, target, player.traits.clip);
+  });
+  if (threadIdx.x == 0) player.progress.merges += joined, player.progress.lost = 1;
+  player.resume = false;
+  __syncthreads();
+}
+
+}  // namespace kv

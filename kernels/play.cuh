@@ -1,0 +1,289 @@
+// A unit under way, without its policy: rows come and go, keys turn to their places, one token's queries attend and are
+// measured. core/head_replay.cpp and core/cache.cpp are the same on the CPU.
+#pragma once
+#include "kernels/token_attention.cuh"
+#include "kernels/unit.hpp"
+
+namespace kv {
+
+__device__ inline void copy_bytes(void* to, const void* from, long bytes) {
+  if (bytes % 16 == 0 && reinterpret_cast<std::size_t>(to) % 16 == 0 && reinterpret_cast<std::size_t>(from) % 16 == 0)
+    for (long i = threadIdx.x; i < bytes / 16; i += team_threads)
+      static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+  else
+    for (long i = threadIdx.x; i < bytes / 2; i += team_threads)
+      static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
+}
+
+/// What all functions of a unit share. Numbers are the same in every thread.
+struct Play {
+  const Unit& unit;
+  Progress& progress;
+  const LayerData& layer;
+  const TraceData& trace;
+  const PlaySettings& settings;
+  BlockTeam team;
+  RowMemory row;
+  float* logits;  // [group][logit_stride] of the latest row
+  int logit_stride;
+  int size;         // slots
+  int budget;
+  int now = -1, block_first = 0, block = 0;
+  Phase phase = Phase::prompt;
+  bool streamed = false;     // rows of this shape go over tensor cores
+  bool resume = false;       // the first tiles of the next row are under way
+  int resumed_slots = 0;     // as many slots as there were then
+  int changed[2] = {-1, -1};  // slots whose rows were written since; two, and then everything is stale
+
+  __device__ int compressions() const { return progress.compressions; }
+  __device__ bool absolute() const { return settings.positions == Positions::absolute; }
+  __device__ const void* attended_keys() const { return absolute() ? unit.keys : unit.rotated; }
+  __device__ const char* at(const void* rows, long index, int dim) const {
+    return static_cast<const char*>(rows) + index * dim * bytes_of(trace.elements);
+  }
+  __device__ int query_head(int g) const { return unit.info.kv_head * trace.group + g; }
+
+  __device__ void fail(UnitError error, int a, int b = 0, int c = 0) const {
+    if (atomicCAS(reinterpret_cast<int*>(&progress.error), 0, static_cast<int>(error)) != 0) return;
+    progress.error_at[0] = a, progress.error_at[1] = b, progress.error_at[2] = c;
+  }
+
+  /// A slot's row was written: the next row's prefetched tile may be stale.
+  __device__ void row_changed(int slot) {
+    if (changed[0] < 0 || changed[0] == slot)
+      changed[0] = slot;
+    else if (changed[1] < 0 || changed[1] == slot)
+      changed[1] = slot;
+    else
+      resume = false;
+  }
+
+  /// Tokens [first, last) as rows of slots [place, ...). Bookkeeping is append_slots'.
+  __device__ __noinline__ void append_rows(int first, int last, int place) const {
+    const long from = static_cast<long>(unit.info.kv_head) * trace.tokens + first;
+    const int n = last - first, element = bytes_of(trace.elements);
+    copy_bytes(const_cast<char*>(at(unit.keys, place, trace.key_dim)),
+               at(absolute() ? layer.k_rotated : layer.k, from, trace.key_dim),
+               static_cast<long>(n) * trace.key_dim * element);
+    copy_bytes(const_cast<char*>(at(unit.values, place, trace.value_dim)), at(layer.v, from, trace.value_dim),
+               static_cast<long>(n) * trace.value_dim * element);
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) {
+      const int slot = place + i;
+      unit.token[slot] = first + i, unit.multiplicity[slot] = 1;
+      unit.order[slot] = unit.rank[slot] = slot;
+      if (!absolute()) unit.rotated_at[slot] = -1;
+    }
+  }
+
+  /// Where each of the first n slots' keys are rotated to, in place[slot]; needs a barrier before and gives one.
+  __device__ void find_places(int n, int* place) const {
+    if (settings.positions == Positions::cache) {
+      for (int s = static_cast<int>(threadIdx.x); s < n; s += team_threads) place[s] = unit.rank[s];
+      __syncthreads();
+      return;
+    }
+    const int first = unit.multiplicity[unit.order[0]];
+    int tokens = 0;  // that the slots of earlier blocks count as
+    for (int start = 0; start < n; start += team_threads) {
+      const int i = start + static_cast<int>(threadIdx.x), slot = i < n ? unit.order[i] : 0;
+      const bool older = i < n && unit.token[slot] < block_first;
+      int before;
+      const int mine = older ? unit.multiplicity[slot] : 0, sum = team.scan(mine, before);
+      // A merged slot sits where the last token of its span was; the present block goes on where the cache ended.
+      if (older) place[slot] = tokens + before + mine - first;
+      tokens += sum;
+    }
+    for (int s = static_cast<int>(threadIdx.x); s < n; s += team_threads)
+      if (unit.token[s] >= block_first) place[s] = tokens + unit.token[s] - block_first;
+    __syncthreads();
+  }
+
+  /// Row `in` rotated to a place, by one warp.
+  __device__ void rotate(int place, const char* in, void* out) const {
+    const float* cos = layer.cos + static_cast<long>(place) * trace.pairs;
+    const float* sin = layer.sin + static_cast<long>(place) * trace.pairs;
+    const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
+    const auto round = [&](float x) { return round_as(layer.rope_step, x); };
+    for (int i = static_cast<int>(threadIdx.x % 32); i < trace.pairs; i += 32) {
+      const float x = load_element(in, trace.elements, i * stride), y = load_element(in, trace.elements, i * stride + second);
+      store_element(out, trace.elements, i * stride, round(round(x * cos[i]) + round(-y * sin[i])));
+      store_element(out, trace.elements, i * stride + second, round(round(y * cos[i]) + round(x * sin[i])));
+    }
+    for (int c = 2 * trace.pairs + static_cast<int>(threadIdx.x % 32); c < trace.key_dim; c += 32)
+      store_element(out, trace.elements, c, load_element(in, trace.elements, c));
+  }
+
+  /// Brings unit.rotated up to date for the first n slots; places are in unit.work[3]. Needs and gives a barrier.
+  __device__ __noinline__ void rotate_keys(int n) const {
+    int* place = unit.work[3];
+    find_places(n, place);
+    for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
+      if (unit.rotated_at[s] == place[s]) continue;
+      rotate(place[s], at(unit.keys, s, trace.key_dim), const_cast<char*>(at(unit.rotated, s, trace.key_dim)));
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) unit.rotated_at[s] = place[s];
+    }
+    __syncthreads();
+  }
+
+  /// The slot that a query of `token` sits at: the newest of the first n that is not after it.
+  __device__ int slot_of_query(int token, int n) const {
+    int low = 0, high = n;  // places: the first whose token is greater
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (unit.token[unit.order[middle]] <= token)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return unit.order[low > 0 ? low - 1 : 0];
+  }
+
+  /// unit.queries [group][count] = the group's queries of `tokens`, rotated to the places of slots [0, n); a warp a row.
+  __device__ __noinline__ void rotate_queries(const int* tokens, int count, int n) const {
+    for (int i = static_cast<int>(threadIdx.x / 32); i < count * trace.group; i += team_warps) {
+      const int r = i / trace.group, g = i % trace.group, from = layer.row_of_token[tokens[r]];
+      rotate(unit.work[3][slot_of_query(tokens[r], n)],
+             at(layer.q, static_cast<long>(query_head(g)) * layer.query_rows + from, trace.key_dim),
+             const_cast<char*>(at(unit.queries, static_cast<long>(g) * count + r, trace.key_dim)));
+    }
+  }
+
+  /// What one token's queries look at: all slots. Turns keys and queries to their places first, where they have some.
+  __device__ __noinline__ RowLook look_of(int token, const float* bias) const {
+    RowLook look;
+    look.keys = attended_keys(), look.values = unit.values;
+    look.slots = size - 1, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
+    look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
+    look.query_token = token, look.window = layer.window, look.masked = layer.window > 0;
+    look.logits = logits, look.logit_stride = logit_stride;
+    if (absolute()) {
+      const long first = static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token];
+      look.query = at(layer.q_rotated, first, trace.key_dim);
+      look.query_stride = static_cast<long>(layer.query_rows) * trace.key_dim;
+    } else {
+      rotate_keys(size);
+      rotate_queries(&token, 1, size);
+      __syncthreads();
+      look.query = unit.queries, look.query_stride = trace.key_dim;
+    }
+    return look;
+  }
+
+  /// Attends; results are in `row` and `logits`. `last`: nothing else looks before the next token's row.
+  __device__ __noinline__ void attend(const RowLook& look, bool last) {
+    const TokenAttention attention{team, trace.elements,
+                                 layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
+    if (!streamed) return attention.plain(look, row);
+    bool mine = resume;  // whether this warp's first tile is what it would fetch now
+    const int first = static_cast<int>(threadIdx.x / 32) * stream_tile;
+    for (const int slot : changed) mine = mine && !(slot >= first && slot < first + stream_tile);
+    const int end = min(first + stream_tile, look.slots);
+    mine = mine && (resumed_slots >= end || end <= first) && (resumed_slots > first || look.slots <= first);
+    const bool next = last && absolute();
+    attention.streamed(look, row, mine, next);
+    resume = next, resumed_slots = look.slots, changed[0] = changed[1] = -1;
+  }
+
+  /// Compares the latest row's output with full attention; `m` is its index among the measured queries. One warp a head.
+  __device__ void measure(int m, int token) const {
+    for (int g = static_cast<int>(threadIdx.x / 32); g < trace.group; g += team_warps)
+      measure_head(g, m, token, row.output + g * trace.value_dim, row.lse[g]);
+  }
+
+  __device__ __noinline__ void measure_head(int g, int m, int token, const float* output, double lse) const {
+    const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
+    const long in_full = (static_cast<long>(unit.info.kv_head) * settings.measured_count + m) * trace.group + g;
+    const long in_delta = static_cast<long>(m) * trace.group + g;
+    const long here = static_cast<long>(g) * settings.measured_count + m;
+    double error2 = 0, full2 = 0, got2 = 0, dot = 0;
+    for (int c = lane; c < dv; c += 32) {
+      const double x = output[c], f = layer.full_output[in_full * dv + c];
+      error2 += (x - f) * (x - f), full2 += f * f, got2 += x * x, dot += x * f;
+      if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - layer.full_output[in_full * dv + c];
+    }
+    for (int k = 16; k > 0; k /= 2) {
+      error2 += __shfl_xor_sync(~0u, error2, k), full2 += __shfl_xor_sync(~0u, full2, k);
+      got2 += __shfl_xor_sync(~0u, got2, k), dot += __shfl_xor_sync(~0u, dot, k);
+    }
+    if (lane != 0) return;
+    if (!isfinite(error2) || !isfinite(full2)) fail(UnitError::not_finite, query_head(g), token);
+    unit.error2[here] = error2, unit.output2[here] = full2;
+    unit.cosine[here] = got2 > 0 && full2 > 0 ? 1 - dot / sqrt(got2 * full2) : static_cast<double>(NAN);
+    // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.
+    const double missing = 1 - exp(lse - static_cast<double>(layer.full_lse[in_full]));
+    unit.lost_mass[here] = missing > 0 ? missing : 0;
+  }
+
+  /// The victim's row goes and the last slot's takes its place: state is the caller's. Needs a barrier before; one must
+  /// follow.
+  __device__ __noinline__ void remove_one(int victim) {
+    const int last = size - 1, gap = unit.rank[victim];
+    const int gone = unit.token[victim];
+    __syncthreads();
+    for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
+      if (s == victim) continue;
+      const int old = unit.rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
+      unit.rank[slot] = place, unit.order[place] = slot;
+    }
+    if (threadIdx.x == 0 && unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
+    if (victim != last) {
+      const int thread = static_cast<int>(threadIdx.x), half = team_threads / 2;
+      if (thread < half)
+        copy_row(unit.keys, trace.elements, trace.key_dim, victim, unit.keys, last, thread, half);
+      else
+        copy_row(unit.values, trace.elements, trace.value_dim, victim, unit.values, last, thread - half, half);
+      if (threadIdx.x == 0) {
+        unit.token[victim] = unit.token[last], unit.multiplicity[victim] = unit.multiplicity[last];
+        if (!absolute()) unit.rotated_at[victim] = -1;
+      }
+      row_changed(victim);
+    }
+    size = last;
+  }
+
+  /// Every slot with stays[slot] == 0 goes; survivors from the end fill the holes, in any order. `move(from, to)` takes
+  /// along what else belongs to a slot; one thread a move. Needs and gives a barrier.
+  template <class Move>
+  __device__ void remove_many(Move move) {
+    const int n = size;
+    int *place_of = unit.work[1], *hole = unit.work[2];
+    const int kept = team.number(
+        n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
+        [&](int i, int before) { place_of[unit.order[i]] = before; });
+    for (int s = static_cast<int>(threadIdx.x); s < n; s += team_threads) {
+      const int token = unit.token[s];
+      if (!unit.stays[s] && unit.parent[token] == token) unit.parent[token] = -2 - now;
+    }
+    __syncthreads();
+    team.number(
+        kept, [&](int s) { return unit.stays[s] == 0; },
+        [&](int s, int before) {
+          if (!unit.stays[s]) hole[before] = s;
+        });
+    __syncthreads();
+    int* to = unit.work[3];  // by slot from `kept` on: the hole that a survivor fills
+    team.number(
+        n - kept, [&](int i) { return unit.stays[kept + i] != 0; },
+        [&](int i, int before) { to[kept + i] = unit.stays[kept + i] ? hole[before] : -1; });
+    __syncthreads();
+    for (int s = kept + static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
+      if (to[s] < 0) continue;
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      copy_row(unit.keys, trace.elements, trace.key_dim, to[s], unit.keys, s, lane, 32);
+      copy_row(unit.values, trace.elements, trace.value_dim, to[s], unit.values, s, lane, 32);
+      if (lane != 0) continue;
+      unit.token[to[s]] = unit.token[s], unit.multiplicity[to[s]] = unit.multiplicity[s];
+      if (!absolute()) unit.rotated_at[to[s]] = -1;
+      place_of[to[s]] = place_of[s];
+      move(s, to[s]);
+    }
+    __syncthreads();
+    for (int s = static_cast<int>(threadIdx.x); s < kept; s += team_threads)
+      unit.rank[s] = place_of[s], unit.order[place_of[s]] = s, unit.stays[s] = 1;
+    __syncthreads();
+    size = kept, resume = false;
+  }
+};
+
+}  // namespace kv

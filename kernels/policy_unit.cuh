@@ -1,0 +1,93 @@
+// What a generated .cu includes before a policy file: KV_REGISTER here makes the policy's kernels and registers them.
+#pragma once
+#include "kernels/device_hooks.hpp"
+#include "kernels/device_program.hpp"
+
+#define KV_REGISTER(Type)                                                                                          \
+  static_assert(::kv::detail::check_policy<Type>());                                                               \
+  [[maybe_unused]] const bool hooks_##Type = ::kv::register_device_hooks(Type::doc.name, ::kv::run_hooks<Type>);   \
+  [[maybe_unused]] const bool program_##Type =                                                                     \
+      ::kv::register_device_program(Type::doc.name, [](std::span<const ::kv::BoundPolicy* const> points) {         \
+        return std::unique_ptr<::kv::DeviceProgram>(std::make_unique<::kv::DeviceProgramOf<Type>>(points));        \
+      })
+
+#include "kernels/buffer.hpp"
+#include "kernels/column_sums.cuh"
+#include "kernels/hook_kernel.cuh"
+#include "kernels/play_kernel.cuh"
+
+namespace kv {
+
+/// A window's statistic as column_sums calls it.
+template <class P>
+struct WindowWeigh {
+  static KV_HD float weigh(float probability, float logit, int rows_after) {
+    return P::weigh_window(probability, logit, rows_after);
+  }
+};
+
+template <class P>
+class DeviceProgramOf final : public DeviceProgram {
+ public:
+  explicit DeviceProgramOf(std::span<const BoundPolicy* const> points) : points_(parameters(points)) {}
+
+  std::size_t slot_bytes() const override { return size_of_data<typename P::Slot>(); }
+  std::size_t scratch_bytes() const override { return size_of_data<typename P::Scratch>(); }
+  std::size_t head_bytes() const override { return size_of_data<typename P::HeadState>(); }
+
+  bool weighs(bool window) const override {
+    return detail::declares_weigh<P> || (window && detail::declares_weigh_window<P>);
+  }
+  void column_sums(const AttentionShape& shape, const AttentionTask* tasks, int count, int rows, int slots, bool window,
+                   cudaStream_t stream) const override {
+    if constexpr (detail::declares_weigh_window<P>)
+      if (window) return kv::column_sums<WindowWeigh<P>>(shape, tasks, {count, rows, slots}, stream);
+    if constexpr (detail::declares_weigh<P>) kv::column_sums<P>(shape, tasks, {count, rows, slots}, stream);
+    (void)window;
+  }
+
+  void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const override {
+    KV_CUDA_TRY(cudaFuncSetAttribute(play_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared_bytes)));
+    const P* points = points_.data();
+    if (!launch.together) {
+      play_kernel<P><<<launch.unit_count, team_threads, shared_bytes, stream>>>(launch, points);
+      KV_CUDA_TRY(cudaGetLastError());
+      return;
+    }
+    int per_multiprocessor = 0, device = 0, multiprocessors = 0;
+    KV_CUDA_TRY(cudaGetDevice(&device));
+    KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    KV_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, play_kernel<P>, team_threads,
+                                                              shared_bytes));
+    const int resident = per_multiprocessor * multiprocessors / layer_heads * layer_heads;
+    if (resident < layer_heads)
+      throw CudaError("the heads of a layer do not fit on this GPU at once, as a policy that decides per layer needs");
+    void* arguments[] = {const_cast<Launch*>(&launch), &points};
+    KV_CUDA_TRY(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(play_kernel<P>),
+                                            dim3(std::min(launch.unit_count, resident)), dim3(team_threads), arguments,
+                                            shared_bytes, stream));
+  }
+
+ private:
+  template <class T>
+  static std::size_t size_of_data() {
+    return std::is_empty_v<T> ? 0 : sizeof(T);
+  }
+  static std::vector<P> parameters(std::span<const BoundPolicy* const> points) {
+    std::vector<P> all;
+    for (const BoundPolicy* point : points) {
+      P policy;
+      const auto values = point->values();
+      for (const Field& field : fields_of(policy))
+        for (const auto& [name, value] : values)
+          if (field.name == name) field.set(value);
+      all.push_back(policy);
+    }
+    return all;
+  }
+
+  Buffer<P> points_;
+};
+
+}  // namespace kv

@@ -1,0 +1,34 @@
+// Sizes of what a thread block keeps in shared memory, known to host and device.
+#pragma once
+#include "core/dtype.hpp"
+
+namespace kv {
+
+constexpr int team_threads = 256, team_warps = team_threads / 32;
+constexpr int stream_tile = 16;             // slots that a warp takes at a time
+constexpr int stream_heads = 8;             // most query heads of a group that can be streamed
+constexpr int stream_ring_bytes = 512 * 16;  // of a warp: a tile of keys and one of values, up to 128 channels each
+
+constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+/// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
+constexpr int stream_pitch(int value_dim) { return value_dim + 4; }
+
+/// Whether rows of these shapes go over tensor cores (stream_attention.cuh).
+constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
+  return elements != Dtype::float32 && key_dim % 8 == 0 && value_dim % 8 == 0 && key_dim <= 128 && value_dim <= 128 &&
+         group <= stream_heads;
+}
+
+/// Bytes of RowMemory (token_attention.cuh) in shared memory.
+constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
+  int bytes = group * value_dim * 4 + (team_warps + 2) * group * 4 + group * 8 + 16;
+  if (streamed)
+    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) + 3 * key_dim * 2;
+  return (bytes + 15) / 16 * 16;
+}
+
+/// Bytes of shared memory that a team's own data and the runtime take beside it, at most.
+constexpr int team_memory_bytes = 4096;
+
+}  // namespace kv

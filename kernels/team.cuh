@@ -1,0 +1,159 @@
+// Who works on a head and on a row in kernels: a thread block and a warp. Same results, to the bit, as HostTeam and
+// RowTeam of policies/views.hpp.
+#pragma once
+#include <cmath>
+
+#include "kernels/elements.cuh"
+
+namespace kv {
+
+/// Shared memory of a team: one per thread block.
+struct TeamMemory {
+  float partial[team_threads];
+  int warp_sums[team_warps + 1];
+  unsigned long long best[team_warps];
+  int counts[256];
+  int flag, number;
+};
+
+static_assert(sizeof(TeamMemory) + 1024 <= team_memory_bytes);
+
+/// A thread block of `team_threads` as a team. An index always meets the same thread, so passes over one's own slots need
+/// no sync(). All members must call together, but for for_each.
+struct BlockTeam {
+  TeamMemory* memory;
+
+  template <class F>
+  __device__ void for_each(int n, F f) const {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) f(i);
+  }
+  __device__ void sync() const { __syncthreads(); }
+
+  /// As HostTeam::sum, in the same order of additions.
+  template <class F>
+  __device__ float sum(int n, F f) const {
+    float mine = 0;
+    for_each(n, [&](int i) { mine += f(i); });
+    float* partial = memory->partial;
+    __syncthreads();
+    partial[threadIdx.x] = mine;
+    for (unsigned half = team_threads / 2; half >= 32; half /= 2) {
+      __syncthreads();
+      if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+    }
+    if (threadIdx.x < 32) {
+      float x = partial[threadIdx.x];
+      for (int half = 16; half > 0; half /= 2) x += __shfl_down_sync(~0u, x, half);
+      if (threadIdx.x == 0) partial[0] = x;
+    }
+    __syncthreads();
+    return partial[0];
+  }
+
+  /// As HostTeam::max.
+  template <class F>
+  __device__ float max(int n, F f) const {
+    float mine = -INFINITY;
+    for_each(n, [&](int i) { mine = f(i) > mine ? f(i) : mine; });
+    for (int half = 16; half > 0; half /= 2) {
+      const float other = __shfl_down_sync(~0u, mine, half);
+      mine = other > mine ? other : mine;
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) memory->partial[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int w = 0; w < team_warps; ++w) mine = memory->partial[w] > mine || w == 0 ? memory->partial[w] : mine;
+    return mine;
+  }
+
+  /// The smallest of every member's key.
+  __device__ unsigned long long min_key(unsigned long long key) const {
+    const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
+    const unsigned least_high = __reduce_min_sync(~0u, high);
+    const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
+    if (threadIdx.x % 32 == 0)
+      memory->best[threadIdx.x / 32] = static_cast<unsigned long long>(least_high) << 32 | least_low;
+    __syncthreads();
+    unsigned long long best = memory->best[0];
+    for (int w = 1; w < team_warps; ++w) best = memory->best[w] < best ? memory->best[w] : best;
+    __syncthreads();  // `best` may be written again
+    return best;
+  }
+
+  /// How many members' x add up to, and in `before` those of lower threads.
+  __device__ int scan(int x, int& before) const {
+    int sum = x;
+    for (int k = 1; k < 32; k *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, k);
+      if (threadIdx.x % 32 >= static_cast<unsigned>(k)) sum += other;
+    }
+    if (threadIdx.x % 32 == 31) memory->warp_sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    int total = 0, lower = 0;
+    for (unsigned w = 0; w < team_warps; ++w) {
+      lower += w < threadIdx.x / 32 ? memory->warp_sums[w] : 0;
+      total += memory->warp_sums[w];
+    }
+    __syncthreads();
+    before = lower + sum - x;
+    return total;
+  }
+
+  /// f(i, how many j < i have the property) for every i < n, in rounds; returns how many have it in all.
+  template <class Has, class F>
+  __device__ int number(int n, Has has, F f) const {
+    int so_far = 0;
+    for (int first = 0; first < n; first += team_threads) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      int before = 0;
+      const int total = scan(i < n && has(i), before);
+      if (i < n) f(i, so_far + before);
+      so_far += total;
+    }
+    return so_far;
+  }
+
+  /// How many i < n have the property.
+  template <class Has>
+  __device__ int count(int n, Has has) const {
+    int mine = 0, before;
+    for_each(n, [&](int i) { mine += has(i) ? 1 : 0; });
+    return scan(mine, before);
+  }
+};
+
+/// A warp as a row team.
+struct WarpRows {
+  template <class A, class B = DeviceRow>
+  __device__ float dot(A a, B b) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    float chunk = 0;
+    for (int first = 8 * lane; first < a.dim; first += 8 * 32)
+      for (int c = first; c < first + 8 && c < a.dim; ++c) chunk += a[c] * b[c];
+    const int chunks = (a.dim + 7) / 8;
+    for (int n = chunks < 32 ? chunks : 32; n > 1; n = (n + 1) / 2) {
+      const float other = __shfl_down_sync(~0u, chunk, static_cast<unsigned>((n + 1) / 2));
+      if (lane < n / 2) chunk += other;
+    }
+    return __shfl_sync(~0u, chunk, 0);
+  }
+  template <class A, class B = DeviceRow>
+  __device__ float cosine(A a, B b) const {
+    const float norms = std::sqrt(dot(a, a)) * std::sqrt(dot(b, b));
+    const float cosine = norms > 0 ? dot(a, b) / norms : 0.f;
+    return cosine > 1 ? 1.f : cosine < -1 ? -1.f : cosine;
+  }
+  template <class A, class B = DeviceRow>
+  __device__ float distance(A a, B b) const {
+    float sum = 0;  // every member: a sum in the order of channels has no parallel form
+    for (int c = 0; c < a.dim; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
+    return std::sqrt(sum);
+  }
+  template <class A>
+  __device__ void add(float* vector, float weight, A row) const {
+    for (int c = static_cast<int>(threadIdx.x % 32); c < row.dim; c += 32) vector[c] += weight * row[c];
+    __syncwarp();
+  }
+};
+
+}  // namespace kv

@@ -1,0 +1,162 @@
+#include "kernels/unit_kernels.hpp"
+
+#include "kernels/buffer.hpp"
+#include "kernels/elements.cuh"
+
+namespace kv {
+namespace {
+
+__global__ void to_elements_kernel(const float* from, void* to, Dtype elements, long count) {
+  for (long i = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<long>(gridDim.x) * blockDim.x)
+    store_element(to, elements, i, from[i]);
+}
+
+/// The gradients of a probed block: its look, and whose gradients enter.
+__global__ void fill_gradient_tasks_kernel(const Unit* units, const LayerData* layers, TraceData trace, const AttentionTask* tasks,
+                                    int count, int first_token, bool absolute, bool recorded, KeyGradientTask* out) {
+  const int u = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (u >= count) return;
+  const LayerData& layer = layers[units[u].layer];
+  KeyGradientTask task;
+  task.attention = tasks[u], task.gradients = units[u].gradient, task.e_stride = layer.query_rows;
+  // Rows of turned queries are numbered within the block, rows of recorded gradients within the layer.
+  const long row = static_cast<long>(units[u].info.kv_head) * trace.group * layer.query_rows +
+                   (absolute ? 0 : layer.row_of_token[first_token]);
+  if (recorded) task.e = layer.e + row * trace.value_dim;
+  out[u] = task;
+}
+
+/// Gradients by turned keys become those by unturned ones: the transposed rotation, a warp a slot.
+__global__ void turn_gradients_back_kernel(const Unit* units, const LayerData* layers, const Progress* progress, TraceData trace) {
+  const Unit& unit = units[blockIdx.x];
+  const LayerData& layer = layers[unit.layer];
+  const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
+  for (int s = static_cast<int>(threadIdx.x / 32); s < progress[blockIdx.x].attended; s += warps) {
+    float* row = unit.gradient + static_cast<long>(s) * trace.key_dim;
+    const long place = unit.rotated_at[s];
+    for (int i = lane; i < trace.pairs; i += 32) {
+      const float cos = layer.cos[place * trace.pairs + i], sin = layer.sin[place * trace.pairs + i];
+      const float x = row[i * stride], y = row[i * stride + second];
+      row[i * stride] = x * cos + y * sin;
+      row[i * stride + second] = y * cos - x * sin;
+    }
+  }
+}
+
+/// Which rows of full attention a unit has to give an account of: those of all its measured queries, if its own
+/// log-sum-exps do not say what is missing.
+__global__ void fill_lost_tasks_kernel(const Unit* units, const Progress* progress, const LayerData* layers, TraceData trace,
+                                const int* measured, int count, int rows, double* masses, LostMassTask* out) {
+  const int u = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (u >= count) return;
+  const Unit& unit = units[u];
+  const LayerData& layer = layers[unit.layer];
+  const long head = unit.info.kv_head, element = trace.elements == Dtype::float32 ? 4 : 2;
+  LostMassTask task;
+  AttentionTask& a = task.attention;
+  a.keys = static_cast<const char*>(layer.k_rotated) + head * trace.tokens * trace.key_dim * element;
+  a.values = layer.v, a.token = unit.every_token, a.slots = trace.tokens, a.window = layer.window;
+  a.queries = static_cast<const char*>(layer.q_rotated) + head * trace.group * layer.query_rows * trace.key_dim * element;
+  a.query_stride = layer.query_rows, a.query_token = measured;
+  for (int r = 0; r < rows; ++r) unit.measured_row[r] = layer.row_of_token[measured[r]];
+  a.query_row = unit.measured_row;
+  a.sink_logit = layer.sink_logit ? layer.sink_logit + head * trace.group : nullptr;
+  a.lse = const_cast<float*>(layer.full_lse) + head * rows * trace.group;
+  a.rows = progress[u].lost ? rows : 0;
+  task.lost_at = unit.lost_at, task.masses = masses + static_cast<long>(u) * rows * trace.group;
+  out[u] = task;
+}
+
+__global__ void store_lost_masses_kernel(const Unit* units, const Progress* progress, const double* masses, int rows, int group) {
+  const Unit& unit = units[blockIdx.x];
+  if (!progress[blockIdx.x].lost) return;
+  const double* mine = masses + static_cast<long>(blockIdx.x) * rows * group;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * group; i += static_cast<int>(blockDim.x))
+    unit.lost_mass[static_cast<long>(i % group) * rows + i / group] = mine[i];
+}
+
+constexpr int wo_rows = 4, wo_warps = 8;  // rows and warps of a block
+__global__ void squared_after_wo_kernel(const float* wo, const float* x, int hidden, int kv_heads, int rows, int group_width,
+                                 double* out) {
+  const int width = kv_heads * group_width, lane = static_cast<int>(threadIdx.x % 32);
+  const int first = static_cast<int>(blockIdx.x) * wo_rows, here = min(wo_rows, rows - first);
+  __shared__ double sums[wo_warps][wo_rows];
+  double squares[wo_rows] = {};
+  for (int h = static_cast<int>(threadIdx.x / 32); h < hidden; h += wo_warps) {
+    float dot[wo_rows] = {};
+    for (int c = lane; c < width; c += 32) {
+      const float weight = wo[static_cast<long>(h) * width + c];
+      const long head = c / group_width, channel = c % group_width;
+      for (int r = 0; r < here; ++r)
+        dot[r] = __fmaf_rn(weight, x[(head * rows + first + r) * group_width + channel], dot[r]);
+    }
+    for (int r = 0; r < wo_rows; ++r) {
+      for (int k = 16; k > 0; k /= 2) dot[r] += __shfl_xor_sync(~0u, dot[r], k);
+      squares[r] += static_cast<double>(dot[r]) * static_cast<double>(dot[r]);
+    }
+  }
+  if (lane == 0)
+    for (int r = 0; r < wo_rows; ++r) sums[threadIdx.x / 32][r] = squares[r];
+  __syncthreads();
+  if (threadIdx.x >= static_cast<unsigned>(here)) return;
+  double sum = 0;
+  for (int w = 0; w < wo_warps; ++w) sum += sums[w][threadIdx.x];
+  out[first + static_cast<int>(threadIdx.x)] = sum;
+}
+
+/// Final caches one behind the other, by position.
+__global__ void gather_final_kernel(const Unit* units, const Progress* progress, const int* offsets, int* position, int* multiplicity) {
+  const Unit& unit = units[blockIdx.x];
+  for (int i = static_cast<int>(threadIdx.x); i < progress[blockIdx.x].size; i += static_cast<int>(blockDim.x)) {
+    const int slot = unit.order[i];
+    position[offsets[blockIdx.x] + i] = unit.token[slot];
+    multiplicity[offsets[blockIdx.x] + i] = unit.multiplicity[slot];
+  }
+}
+
+}  // namespace
+
+void to_elements(const float* from, void* to, Dtype elements, std::size_t count, cudaStream_t stream) {
+  to_elements_kernel<<<512, 256, 0, stream>>>(from, to, elements, static_cast<long>(count));
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void fill_gradient_tasks(const UnitSpan& s, const AttentionTask* looks, int first_token, bool absolute, bool recorded,
+                         KeyGradientTask* tasks, cudaStream_t stream) {
+  fill_gradient_tasks_kernel<<<(s.count + 127) / 128, 128, 0, stream>>>(s.units, s.layers, s.trace, looks, s.count,
+                                                                       first_token, absolute, recorded, tasks);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void turn_gradients_back(const UnitSpan& s, cudaStream_t stream) {
+  turn_gradients_back_kernel<<<s.count, 256, 0, stream>>>(s.units, s.layers, s.progress, s.trace);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void fill_lost_tasks(const UnitSpan& s, const int* measured, int rows, double* masses, LostMassTask* tasks,
+                     cudaStream_t stream) {
+  fill_lost_tasks_kernel<<<(s.count + 63) / 64, 64, 0, stream>>>(s.units, s.progress, s.layers, s.trace, measured, s.count,
+                                                                rows, masses, tasks);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void store_lost_masses(const UnitSpan& s, const double* masses, int rows, cudaStream_t stream) {
+  store_lost_masses_kernel<<<s.count, 128, 0, stream>>>(s.units, s.progress, masses, rows, s.trace.group);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void squared_after_wo(const float* wo, const float* x, int hidden, int kv_heads, int rows, int group_width, double* out,
+                      cudaStream_t stream) {
+  squared_after_wo_kernel<<<(rows + wo_rows - 1) / wo_rows, wo_warps * 32, 0, stream>>>(wo, x, hidden, kv_heads, rows,
+                                                                                      group_width, out);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void gather_final(const UnitSpan& s, const int* offsets, int* position, int* multiplicity, cudaStream_t stream) {
+  gather_final_kernel<<<s.count, 128, 0, stream>>>(s.units, s.progress, offsets, position, multiplicity);
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+}  // namespace kv
