@@ -8,6 +8,7 @@
 
 #include "core/budget.hpp"
 #include "core/error.hpp"
+#include "experiments/bench.hpp"
 #include "experiments/docs.hpp"
 #include "experiments/inspect.hpp"
 #include "experiments/runner.hpp"
@@ -63,6 +64,13 @@ void add_synth(CLI::App& app, std::string& file, kv::Synthetic& s, std::string& 
   synth->add_option("--seed", s.seed)->capture_default_str();
 }
 
+void add_bench(CLI::App& app, kv::BenchOptions& options) {
+  CLI::App* bench = app.add_subcommand("bench", "time the CUDA engine against what it cannot go below");
+  bench->add_option("--only", options.only, "rows whose name contains this");
+  bench->add_option("--json", options.json, "a file that gets the rows too");
+  bench->add_option("--peers", options.peers, "what tests/bench/peers.py wrote on the same machine: floors that need it");
+}
+
 std::vector<std::string> commands_of(const CLI::App& app) {
   std::vector<std::string> names;
   for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
@@ -97,6 +105,7 @@ struct Request {
   kv::RunOptions run;
   std::string out, device_memory, policy, trace, page, dtype = "bfloat16";
   kv::Synthetic synthetic;
+  kv::BenchOptions bench;
   bool markdown = false;
 };
 
@@ -121,7 +130,9 @@ int run(const CLI::App& command, Request& request) {
 
 int execute(const CLI::App& app, Request& request) {
   if (app.got_subcommand("run")) return run(*app.get_subcommand("run"), request);
-  if (app.got_subcommand("synth")) {
+  if (app.got_subcommand("bench")) {
+    kv::bench(request.bench);
+  } else if (app.got_subcommand("synth")) {
     request.synthetic.dtype = request.dtype == "float16"    ? kv::Dtype::float16
                               : request.dtype == "bfloat16" ? kv::Dtype::bfloat16
                                                             : kv::Dtype::float32;
@@ -150,6 +161,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", fmt::format("kvreplay {} ({})", kv::build::version, kv::build::git_sha));
   app.require_subcommand(1);
   add_run(app, request.run, request.out, request.device_memory);
+  add_bench(app, request.bench);
   add_synth(app, request.trace, request.synthetic, request.dtype);
   CLI::App* policies = app.add_subcommand("policies", "list the policies, or show one with its parameters");
   policies->add_option("name", request.policy, "a policy");

@@ -148,16 +148,19 @@ std::vector<DecodeCase> decode_cases() {
 
 }  // namespace
 
-BenchResult bench_device(const std::string& only, const std::function<void(const BenchRow&)>& finished) {
+BenchResult bench_device(const std::string& only, const BenchPeers& peers,
+                         const std::function<void(const BenchRow&)>& finished) {
   const std::vector<DeviceInfo> all = devices();
   if (all.empty()) throw CudaError("bench: no GPU: " + why_no_device());
   const Bandwidth rates = measure_bandwidth();
-  BenchResult result{{all.front().name, rates.copy, rates.read}, {}};
-  for (const DecodeCase& c : decode_cases()) {
-    if (c.work.find(only) == std::string::npos) continue;
-    result.rows.push_back(time_decode(c, rates));
-    finished(result.rows.back());
-  }
+  BenchResult result{all.front().name, rates.copy, rates.read, {}};
+  const auto add = [&](const BenchRow& row) {
+    result.rows.push_back(row);
+    finished(row);
+  };
+  for (const DecodeCase& c : decode_cases())
+    if (c.work.find(only) != std::string::npos) add(time_decode(c, rates));
+  (void)peers;
   return result;
 }
 

@@ -8,9 +8,9 @@ namespace kv {
 /// core/select.hpp's Safety as bytes.
 enum : std::uint8_t { safety_normal, safety_protected, safety_sink };
 
-__device__ inline std::uint8_t safety_of(const Play& play, float score, int token) {
-  if (score == INFINITY || token < play.unit.protect.sinks) return safety_sink;
-  return score == kv::protect || play.now - token < play.unit.protect.recent ? safety_protected : safety_normal;
+__device__ inline std::uint8_t safety_of(const Protect& protect, int now, float score, int token) {
+  if (score == INFINITY || token < protect.sinks) return safety_sink;
+  return score == kv::protect || now - token < protect.recent ? safety_protected : safety_normal;
 }
 
 /// One head's candidates, or those of all heads of a layer together.
@@ -21,15 +21,14 @@ struct DeviceCandidates {
 
 /// Writes score_at and safety_at of one buffer from unit.score; a link is as safe as the safer of its slots. Gives a
 /// barrier.
-__device__ __noinline__ inline void classify(const Play& play, bool links, int buffer) {
-  const Unit& unit = play.unit;
-  play.team.for_each(play.size, [&](int i) {
+__device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bool links, int buffer) {
+  const Unit& unit = fixed.unit;
+  BlockTeam{&fixed.team}.for_each(size, [&](int i) {
     const int slot = unit.order[i], token = unit.token[slot];
     const float score = unit.score[slot];
-    if (isnan(score)) play.fail(UnitError::nan_score, slot, token);
-    std::uint8_t safety = safety_of(play, score, token);
-    if (links && safety == safety_normal && i + 1 < play.size &&
-        play.now - unit.token[unit.order[i + 1]] < unit.protect.recent)
+    if (isnan(score)) Play(fixed).fail(UnitError::nan_score, slot, token);
+    std::uint8_t safety = safety_of(unit.protect, now, score, token);
+    if (links && safety == safety_normal && i + 1 < size && now - unit.token[unit.order[i + 1]] < unit.protect.recent)
       safety = safety_protected;
     unit.safety_at[buffer][i] = safety;
     unit.score_at[buffer][i] = safety == safety_normal ? score : 0;  // no longer compared: sums over heads stay finite

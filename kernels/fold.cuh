@@ -62,8 +62,8 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
 }
 
 /// Writes a target's key and value, adjusted sums given, by one warp: channels dealt over lanes.
-template <class Player, class Plan>
-__device__ void write_target(Player& player, int target, int n, const FoldTarget& sum, Plan plan_of) {
+template <class Player, class Head, class Plan>
+__device__ void write_target(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of) {
   const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -101,6 +101,7 @@ __device__ void write_target(Player& player, int target, int n, const FoldTarget
   if constexpr (by_channel) {
     struct ByChannel {
       Player& player;
+      Head& head;
       int target, n;
       Plan plan_of;
       __device__ float operator()(const Fold&, int victim, int c) const { return weight(victim, c); }
@@ -114,9 +115,9 @@ __device__ void write_target(Player& player, int target, int n, const FoldTarget
         }
         return weight(target, c) + added;
       }
-      __device__ float weight(int slot, int c) const { return player.policy.key_weight(player.head, slot, c); }
+      __device__ float weight(int slot, int c) const { return player.policy.key_weight(head, slot, c); }
     };
-    sums(unit.keys, trace.key_dim, ByChannel{player, target, n, plan_of});
+    sums(unit.keys, trace.key_dim, ByChannel{player, head, target, n, plan_of});
   } else {
     struct Keys {
       __device__ float operator()(const Fold& plan, int, int) const { return plan.key; }
@@ -149,16 +150,16 @@ __device__ __noinline__ inline float row_dot(DeviceRow a, DeviceRow b) { return 
 
 /// Every victim's most similar kept slot that receives: target[slot] and similarity[slot], of equals the older. Gives a
 /// barrier.
-template <class Player>
-__device__ __noinline__ void find_nearest(Player& player) {
+template <class Player, class Head>
+__device__ __noinline__ void find_nearest(Player& player, Head& head) {
   const Unit& unit = player.unit;
   const BlockTeam team = player.team;
   const int n = player.size;
-  const bool cosine = player.traits.nearest == Nearest::cosine;
+  const bool cosine = player.traits().nearest == Nearest::cosine;
   int* receiving = unit.work[2];  // slots in token order
   float* norm = unit.norm;        // by slot
   team.for_each(n, [&](int s) {
-    const float length = cosine ? std::sqrt(detail::row_dot(player.head.key(s), player.head.key(s))) : 1.f;
+    const float length = cosine ? std::sqrt(detail::row_dot(head.key(s), head.key(s))) : 1.f;
     norm[s] = length > 0 ? length : 1.f;
     unit.similarity[s] = 0;
   });
@@ -180,7 +181,7 @@ __device__ __noinline__ void find_nearest(Player& player) {
     int at = -1;
     for (int i = first; i < receivers; i += step) {
       const int slot = receiving[i];
-      const float dot = detail::row_dot(player.head.key(victim), player.head.key(slot)) / (norm[victim] * norm[slot]);
+      const float dot = detail::row_dot(head.key(victim), head.key(slot)) / (norm[victim] * norm[slot]);
       if (at < 0 || dot > best) best = dot, at = i;
     }
     return at;
@@ -234,14 +235,13 @@ __device__ __noinline__ inline void count_as_if_merged(const Play& play, int cli
 
 /// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. Needs
 /// and gives a barrier.
-template <class Player>
-__device__ __noinline__ void fold_one(Player& player, int victim) {
+template <class Player, class Head>
+__device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
   const Unit& unit = player.unit;
-  player.look_around();
   Fold& plan = unit.plans[victim];
-  const bool any_slot = player.traits.one_at_a_time;
+  const bool any_slot = player.traits().one_at_a_time;
   if (threadIdx.x == 0) {
-    plan = player.policy.on_merge(player.head, victim);
+    plan = player.policy.on_merge(head, victim);
     if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
     if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
       player.progress.lost_in_folds += unit.multiplicity[victim];
@@ -269,11 +269,11 @@ __device__ __noinline__ void fold_one(Player& player, int victim) {
   each_target([&](int i, int slot) {
     FoldTarget sum = detail::sum_of(player, slot, 1, only);
     if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-      player.policy.on_target(player.head, slot, sum);
+      player.policy.on_target(head, slot, sum);
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();
-  each_target([&](int i, int slot) { detail::write_target(player, slot, 1, unit.targets[i], only); });
+  each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only); });
   if (mine.spread == 1)
     player.row_changed(mine.target);
   else
@@ -283,8 +283,8 @@ __device__ __noinline__ void fold_one(Player& player, int victim) {
     unit.multiplicity[mine.target] += unit.multiplicity[victim];
     unit.parent[unit.token[victim]] = unit.token[mine.target];
     if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
-      player.policy.on_fold(player.head.state(mine.target), player.head.state(victim), mine);
-    detail::clip_count(player, mine.target, player.traits.clip);
+      player.policy.on_fold(player.state(mine.target), player.state(victim), mine);
+    detail::clip_count(player, mine.target, player.traits().clip);
     detail::keep_note(player, mine);
     ++player.progress.merges;
     player.progress.lost = 1;
@@ -293,12 +293,11 @@ __device__ __noinline__ void fold_one(Player& player, int victim) {
 }
 
 /// Folds many victims at once. Needs and gives a barrier.
-template <class Player>
-__device__ __noinline__ void fold_many(Player& player, const int* going, int gone) {
+template <class Player, class Head>
+__device__ __noinline__ void fold_many(Player& player, Head& head, const int* going, int gone) {
   const Unit& unit = player.unit;
   const BlockTeam team = player.team;
   const int n = player.size;
-  player.look_around();
   if (gone == 0) return;
   int *kept_place = unit.work[1], *kept_slot = unit.work[2];  // by slot: its number among those that stay; and back
   const int kept = team.number(
@@ -312,7 +311,7 @@ __device__ __noinline__ void fold_many(Player& player, const int* going, int gon
   int joined = 0;
   team.for_each(gone, [&](int i) {
     const int victim = going[i];
-    Fold plan = player.policy.on_merge(player.head, victim);
+    Fold plan = player.policy.on_merge(head, victim);
     if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
     if (plan.target >= 0 && !unit.stays[plan.target]) {
       detail::count(player.progress.lost_in_folds, unit.multiplicity[victim]);
@@ -382,7 +381,7 @@ __device__ __noinline__ void fold_many(Player& player, const int* going, int gon
       return unit.plans[victim];
     });
     if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-      player.policy.on_target(player.head, kept_slot[k], sum);
+      player.policy.on_target(head, kept_slot[k], sum);
     unit.targets[k] = sum;
   });
   __syncthreads();
@@ -390,7 +389,7 @@ __device__ __noinline__ void fold_many(Player& player, const int* going, int gon
     int begin;
     const int size = members(k, begin);
     if (size == 0) continue;
-    detail::write_target(player, kept_slot[k], size, unit.targets[k], [&](int i, int& victim) -> const Fold& {
+    detail::write_target(player, head, kept_slot[k], size, unit.targets[k], [&](int i, int& victim) -> const Fold& {
       victim = list[begin + i];
       return unit.plans[victim];
     });
@@ -406,9 +405,9 @@ __device__ __noinline__ void fold_many(Player& player, const int* going, int gon
       unit.multiplicity[target] += unit.multiplicity[victim];
       unit.parent[unit.token[victim]] = unit.token[target];
       if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
-        player.policy.on_fold(player.head.state(target), player.head.state(victim), plan);
+        player.policy.on_fold(player.state(target), player.state(victim), plan);
     }
-    if (size > 0) detail::clip_count(player, target, player.traits.clip);
+    if (size > 0) detail::clip_count(player, target, player.traits().clip);
   });
   if (threadIdx.x == 0) player.progress.merges += joined, player.progress.lost = 1;
   player.resume = false;

@@ -23,8 +23,8 @@ __device__ void dot_outputs(float* products, int dim, RowE e, RowO o) {
 
 /// Block (x, y): the x-th 64 slots, key dims [256 y, 256 (y + 1)).
 static __global__ __launch_bounds__(plain_threads, 2) void gradient_kernel(AttentionShape shape, LogitRule rule,
-                                                                        const KeyGradientTask* tasks, int count,
-                                                                        int ranks) {
+                                                                           const KeyGradientTask* tasks, int count,
+                                                                           int ranks) {
   extern __shared__ float4 plain_shared[];
   float* const work_tile = reinterpret_cast<float*>(plain_shared);
   float *const slopes = work_tile + plain_tile_floats, *const sums = slopes + plain_tile_floats;

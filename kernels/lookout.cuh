@@ -11,7 +11,9 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   const Unit& unit = play.unit;
   const TraceData& trace = play.trace;
   const long head = static_cast<long>(unit.info.kv_head) * trace.tokens;
-  RowLook look;
+  if (threadIdx.x == 0) {
+  RowLook& look = play.fixed.look;
+  look = RowLook{};
   look.keys = play.at(play.layer.k_rotated, head, trace.key_dim);
   look.values = play.at(play.layer.v, head, trace.value_dim);
   look.slots = token, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
@@ -22,8 +24,10 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
   look.query = play.at(play.layer.q_rotated, first, trace.key_dim);
   look.query_stride = static_cast<long>(play.layer.query_rows) * trace.key_dim;
+  }
+  __syncthreads();
   play.resume = false;
-  play.attend(look, false);
+  Play::attend_copy(play, false);
 }
 
 /// Probability that full attention gives `t` in the row that attend_in_full left.
@@ -63,8 +67,8 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
   for (int g0 = 0; g0 < play.trace.group; g0 += 16) {
     const int heads = min(16, play.trace.group - g0);
     if (g0 > 0) {  // the full row took the place of the own one's log-sum-exps
-      RowLook look = play.look_of(token, bias);
-      play.attend(look, false);
+      play.look_at(token, bias);
+      Play::attend_copy(play, false);
     }
     for (int g = 0; g < heads; ++g) own_lse[g] = play.row.lse[g0 + g];
     __syncthreads();
@@ -103,7 +107,8 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
 }
 
 /// Adds the unrotated queries of tokens [first, last) that were recorded.
-__device__ __noinline__ inline void add_queries(const Play& play, int first, int last) {
+__device__ __noinline__ inline void add_queries(Fixed& fixed, int first, int last) {
+  const Play play(fixed);
   const Unit& unit = play.unit;
   const TraceData& trace = play.trace;
   const int d = trace.key_dim;
@@ -131,10 +136,11 @@ __device__ __noinline__ inline void add_queries(const Play& play, int first, int
 
 /// Mean and covariance of the queries so far, rotated by the mean of the rotations to the `horizon` positions after the
 /// newest token. Gives a barrier.
-__device__ __noinline__ inline void look_ahead(const Play& play, int horizon) {
+__device__ __noinline__ inline void look_ahead(Fixed& fixed, int now, int horizon) {
+  const Play play(fixed);
   const Unit& unit = play.unit;
   const TraceData& trace = play.trace;
-  const int d = trace.key_dim, first = trace.position[play.now] + 1, count = play.progress.queries;
+  const int d = trace.key_dim, first = trace.position[now] + 1, count = play.progress.queries;
   if (count == 0) {
     play.team.for_each(trace.group * d, [&](int i) { unit.query_mean[i] = 0; });
     play.team.for_each(trace.group * d * d, [&](int i) { unit.query_covariance[i] = 0; });

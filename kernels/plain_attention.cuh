@@ -45,7 +45,7 @@ inline int plain_row_floats(int value_dim) {
 /// Block (x, y): the x-th piece of work, output dims [256 y, 256 (y + 1)).
 template <class Task>
 __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionShape shape, LogitRule rule,
-                                                                  const Task* tasks, int count, int ranks) {
+                                                                     const Task* tasks, int count, int ranks) {
   constexpr bool lost = std::is_same_v<Task, LostMassTask>;
   extern __shared__ float4 plain_shared[];
   float* const work_tile = reinterpret_cast<float*>(plain_shared);
@@ -155,7 +155,8 @@ __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionSh
 /// A block: 64 slots of one head of a task.
 template <class Weigh>
 __global__ __launch_bounds__(plain_threads, 2) void plain_column_kernel(AttentionShape shape, LogitRule rule,
-                                                                     const AttentionTask* tasks, int count, int ranks) {
+                                                                        const AttentionTask* tasks, int count,
+                                                                        int ranks) {
   extern __shared__ float4 plain_shared[];
   float* const work_tile = reinterpret_cast<float*>(plain_shared);
   const WorkItem work = work_item(count, ranks);

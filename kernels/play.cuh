@@ -15,25 +15,60 @@ __device__ inline void copy_bytes(void* to, const void* from, long bytes) {
       static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
 }
 
-/// What all functions of a unit share. Numbers are the same in every thread.
+/// What does not change while a unit is played, in shared memory: one copy for the thread block. Local memory is no place
+/// for it: the first-level cache has next to no room left beside the rings, so a spilt pointer is a trip to the second.
+struct Fixed {
+  Unit unit;
+  LayerData layer;
+  TraceData trace;
+  PlaySettings settings;
+  RowMemory row;
+  RowLook look;  // of the row that attends
+  TeamMemory team;
+  const Unit* units;
+  Progress* progress;
+  float* logits;  // [group][logit_stride] of the latest row
+  int logit_stride;
+  bool streamed;  // rows of this shape go over tensor cores
+};
+static_assert(sizeof(Fixed) + 1024 <= team_memory_bytes);
+
+/// A unit under way. What moves is the same number in every thread, in registers: functions that are not inlined take a
+/// copy, so that it can stay there.
 struct Play {
+  Fixed& fixed;
   const Unit& unit;
-  Progress& progress;
   const LayerData& layer;
   const TraceData& trace;
   const PlaySettings& settings;
+  const RowMemory& row;
+  Progress& progress;
   BlockTeam team;
-  RowMemory row;
-  float* logits;  // [group][logit_stride] of the latest row
-  int logit_stride;
-  int size;         // slots
-  int budget;
+
+  int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
-  bool streamed = false;     // rows of this shape go over tensor cores
-  bool resume = false;       // the first tiles of the next row are under way
-  int resumed_slots = 0;     // as many slots as there were then
-  int changed[2] = {-1, -1};  // slots whose rows were written since; two, and then everything is stale
+  bool resume = false;                  // the first tiles of the next row are under way
+  int resumed_slots = 0;                // as many slots as there were then
+  int changed_one = -1, changed_two = -1;  // slots whose rows were written since; two, and then everything is stale
+
+  __device__ explicit Play(Fixed& f)
+      : fixed(f),
+        unit(f.unit),
+        layer(f.layer),
+        trace(f.trace),
+        settings(f.settings),
+        row(f.row),
+        progress(*f.progress),
+        team{&f.team},
+        size(f.progress->size),
+        budget(f.unit.info.budget) {}
+
+  /// What a function that worked on a copy left behind.
+  __device__ void follow(const Play& copy) {
+    size = copy.size, resume = copy.resume, resumed_slots = copy.resumed_slots;
+    changed_one = copy.changed_one, changed_two = copy.changed_two;
+  }
 
   __device__ int compressions() const { return progress.compressions; }
   __device__ bool absolute() const { return settings.positions == Positions::absolute; }
@@ -50,16 +85,16 @@ struct Play {
 
   /// A slot's row was written: the next row's prefetched tile may be stale.
   __device__ void row_changed(int slot) {
-    if (changed[0] < 0 || changed[0] == slot)
-      changed[0] = slot;
-    else if (changed[1] < 0 || changed[1] == slot)
-      changed[1] = slot;
+    if (changed_one < 0 || changed_one == slot)
+      changed_one = slot;
+    else if (changed_two < 0 || changed_two == slot)
+      changed_two = slot;
     else
       resume = false;
   }
 
-  /// Tokens [first, last) as rows of slots [place, ...). Bookkeeping is append_slots'.
-  __device__ __noinline__ void append_rows(int first, int last, int place) const {
+  /// Tokens [first, last) as rows of slots [place, ...). State is the caller's.
+  __device__ void append_rows(int first, int last, int place) const {
     const long from = static_cast<long>(unit.info.kv_head) * trace.tokens + first;
     const int n = last - first, element = bytes_of(trace.elements);
     copy_bytes(const_cast<char*>(at(unit.keys, place, trace.key_dim)),
@@ -114,7 +149,7 @@ struct Play {
   }
 
   /// Brings unit.rotated up to date for the first n slots; places are in unit.work[3]. Needs and gives a barrier.
-  __device__ __noinline__ void rotate_keys(int n) const {
+  __device__ void rotate_keys(int n) const {
     int* place = unit.work[3];
     find_places(n, place);
     for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
@@ -140,7 +175,7 @@ struct Play {
   }
 
   /// unit.queries [group][count] = the group's queries of `tokens`, rotated to the places of slots [0, n); a warp a row.
-  __device__ __noinline__ void rotate_queries(const int* tokens, int count, int n) const {
+  __device__ void rotate_queries(const int* tokens, int count, int n) const {
     for (int i = static_cast<int>(threadIdx.x / 32); i < count * trace.group; i += team_warps) {
       const int r = i / trace.group, g = i % trace.group, from = layer.row_of_token[tokens[r]];
       rotate(unit.work[3][slot_of_query(tokens[r], n)],
@@ -149,77 +184,96 @@ struct Play {
     }
   }
 
-  /// What one token's queries look at: all slots. Turns keys and queries to their places first, where they have some.
-  __device__ __noinline__ RowLook look_of(int token, const float* bias) const {
-    RowLook look;
-    look.keys = attended_keys(), look.values = unit.values;
-    look.slots = size - 1, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
-    look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
-    look.query_token = token, look.window = layer.window, look.masked = layer.window > 0;
-    look.logits = logits, look.logit_stride = logit_stride;
-    if (absolute()) {
-      const long first = static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token];
-      look.query = at(layer.q_rotated, first, trace.key_dim);
-      look.query_stride = static_cast<long>(layer.query_rows) * trace.key_dim;
-    } else {
-      rotate_keys(size);
-      rotate_queries(&token, 1, size);
-      __syncthreads();
-      look.query = unit.queries, look.query_stride = trace.key_dim;
-    }
-    return look;
+  /// Keys and the queries of `token` turned to their places. Needs and gives a barrier.
+  static __device__ __noinline__ void turn(Play play, int token) {
+    play.rotate_keys(play.size);
+    play.rotate_queries(&token, 1, play.size);
+    __syncthreads();
   }
 
-  /// Attends; results are in `row` and `logits`. `last`: nothing else looks before the next token's row.
-  __device__ __noinline__ void attend(const RowLook& look, bool last) {
-    const TokenAttention attention{team, trace.elements,
-                                 layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
-    if (!streamed) return attention.plain(look, row);
-    bool mine = resume;  // whether this warp's first tile is what it would fetch now
-    const int first = static_cast<int>(threadIdx.x / 32) * stream_tile;
-    for (const int slot : changed) mine = mine && !(slot >= first && slot < first + stream_tile);
-    const int end = min(first + stream_tile, look.slots);
-    mine = mine && (resumed_slots >= end || end <= first) && (resumed_slots > first || look.slots <= first);
+  /// fixed.look = what one token's queries look at: all slots. Keys and queries turn to their places first, where they have
+  /// some. Needs and gives a barrier.
+  __device__ void look_at(int token, const float* bias, int newest_key = 0x7fffffff, float* probe = nullptr) {
+    if (!absolute()) turn(*this, token);
+    if (threadIdx.x == 0) {
+      RowLook& look = fixed.look;
+      look.keys = attended_keys(), look.values = unit.values;
+      look.slots = size - 1, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
+      look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
+      look.query_token = token, look.newest_key = newest_key, look.window = layer.window;
+      look.masked = layer.window > 0 || newest_key < now || token < now;
+      look.logits = fixed.logits, look.logit_stride = fixed.logit_stride;
+      look.probe_vector = probe ? unit.vector : nullptr, look.probe = probe;
+      const long first = static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token];
+      look.query = absolute() ? at(layer.q_rotated, first, trace.key_dim) : static_cast<const char*>(unit.queries);
+      look.query_stride = absolute() ? static_cast<long>(layer.query_rows) * trace.key_dim : trace.key_dim;
+    }
+    __syncthreads();
+  }
+
+  /// Attends as fixed.look says; results are in `row` and the look's logits. `last`: nothing else looks before the next
+  /// token's row. Gives a barrier.
+  template <bool here = false>
+  __device__ __forceinline__ void attend(bool last) {
+    const RowLook& look = fixed.look;
+    const TokenAttention attention{team, trace.elements, layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
+    if (!fixed.streamed) return attention.plain(look, row);
+    // Whether this warp's first tile is what it would fetch now.
+    const int first = static_cast<int>(threadIdx.x / 32) * stream_tile, end = min(first + stream_tile, look.slots);
+    const auto holds = [&](int slot) { return slot >= first && slot < first + stream_tile; };
+    const bool mine = resume && !holds(changed_one) && !holds(changed_two) && (resumed_slots >= end || end <= first) &&
+                      (resumed_slots > first || look.slots <= first);
     const bool next = last && absolute();
-    attention.streamed(look, row, mine, next);
-    resume = next, resumed_slots = look.slots, changed[0] = changed[1] = -1;
+    attention.streamed<here>(look, row, mine, next);
+    resume = next, resumed_slots = look.slots, changed_one = changed_two = -1;
+  }
+
+  /// The same as a call.
+  static __device__ __noinline__ void attend_copy(Play& copy, bool last) { copy.attend(last); }
+  __device__ void attend_apart(bool last) {
+    Play copy = *this;
+    attend_copy(copy, last);
+    follow(copy);
   }
 
   /// Compares the latest row's output with full attention; `m` is its index among the measured queries. One warp a head.
   __device__ void measure(int m, int token) const {
     for (int g = static_cast<int>(threadIdx.x / 32); g < trace.group; g += team_warps)
-      measure_head(g, m, token, row.output + g * trace.value_dim, row.lse[g]);
+      measure_head(fixed, g, m, token, row.output + g * trace.value_dim, row.lse[g]);
   }
 
-  __device__ __noinline__ void measure_head(int g, int m, int token, const float* output, double lse) const {
-    const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
-    const long in_full = (static_cast<long>(unit.info.kv_head) * settings.measured_count + m) * trace.group + g;
-    const long in_delta = static_cast<long>(m) * trace.group + g;
-    const long here = static_cast<long>(g) * settings.measured_count + m;
+  static __device__ __noinline__ void measure_head(const Fixed& f, int g, int m, int token, const float* output, double lse) {
+    const Unit& unit = f.unit;
+    const int dv = f.trace.value_dim, lane = static_cast<int>(threadIdx.x % 32), head = unit.info.kv_head;
+    const long in_full = (static_cast<long>(head) * f.settings.measured_count + m) * f.trace.group + g;
+    const long in_delta = static_cast<long>(m) * f.trace.group + g;
+    const long here = static_cast<long>(g) * f.settings.measured_count + m;
     double error2 = 0, full2 = 0, got2 = 0, dot = 0;
     for (int c = lane; c < dv; c += 32) {
-      const double x = output[c], f = layer.full_output[in_full * dv + c];
-      error2 += (x - f) * (x - f), full2 += f * f, got2 += x * x, dot += x * f;
-      if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - layer.full_output[in_full * dv + c];
+      const double x = output[c], full = f.layer.full_output[in_full * dv + c];
+      error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
+      if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - f.layer.full_output[in_full * dv + c];
     }
     for (int k = 16; k > 0; k /= 2) {
       error2 += __shfl_xor_sync(~0u, error2, k), full2 += __shfl_xor_sync(~0u, full2, k);
       got2 += __shfl_xor_sync(~0u, got2, k), dot += __shfl_xor_sync(~0u, dot, k);
     }
     if (lane != 0) return;
-    if (!isfinite(error2) || !isfinite(full2)) fail(UnitError::not_finite, query_head(g), token);
+    if (!isfinite(error2) || !isfinite(full2)) {
+      if (atomicCAS(reinterpret_cast<int*>(&f.progress->error), 0, static_cast<int>(UnitError::not_finite)) == 0)
+        f.progress->error_at[0] = head * f.trace.group + g, f.progress->error_at[1] = token;
+    }
     unit.error2[here] = error2, unit.output2[here] = full2;
     unit.cosine[here] = got2 > 0 && full2 > 0 ? 1 - dot / sqrt(got2 * full2) : static_cast<double>(NAN);
     // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.
-    const double missing = 1 - exp(lse - static_cast<double>(layer.full_lse[in_full]));
+    const double missing = 1 - exp(lse - static_cast<double>(f.layer.full_lse[in_full]));
     unit.lost_mass[here] = missing > 0 ? missing : 0;
   }
 
   /// The victim's row goes and the last slot's takes its place: state is the caller's. Needs a barrier before; one must
   /// follow.
-  __device__ __noinline__ void remove_one(int victim) {
-    const int last = size - 1, gap = unit.rank[victim];
-    const int gone = unit.token[victim];
+  __device__ void remove_one(int victim) {
+    const int last = size - 1, gap = unit.rank[victim], gone = unit.token[victim];
     __syncthreads();
     for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
       if (s == victim) continue;

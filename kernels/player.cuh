@@ -6,6 +6,39 @@
 
 namespace kv {
 
+/// One row's observation of a slot, in registers: policies/views.hpp's Observed for groups that fit.
+class RowObserved {
+ public:
+  __device__ RowObserved(const float (&sums)[stream_heads], int group) : group_(group) {
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g) sums_[g] = sums[g];
+  }
+  __device__ float operator[](int head) const {
+    float sum = 0;
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g) sum = g == head ? sums_[g] : sum;
+    return sum;
+  }
+  __device__ int group() const { return group_; }
+  __device__ int rows() const { return 1; }
+  __device__ float mean() const {
+    float sum = 0;
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g) sum = g < group_ ? sum + sums_[g] : sum;
+    return sum / static_cast<float>(group_);
+  }
+  __device__ float max() const {
+    float best = sums_[0];
+#pragma unroll
+    for (int g = 1; g < stream_heads; ++g) best = g < group_ && sums_[g] > best ? sums_[g] : best;
+    return best;
+  }
+
+ private:
+  float sums_[stream_heads];
+  int group_;
+};
+
 template <class P>
 struct Player : Play {
   using PolicyType = P;
@@ -14,47 +47,44 @@ struct Player : Play {
   using HeadState = typename P::HeadState;
   using Head = HeadView<Slot, HeadState, Scratch, DeviceRow>;
 
-  const P& policy;
-  const Traits traits;
-  const Unit* units;
-  Head head{};
+  const P& policy;           // in shared memory
   bool probe_known = false;  // head.probe() of every slot, from the row just attended
 
-  __device__ Player(const Play& play, const P& policy_, const Unit* units_)
-      : Play(play), policy(policy_), traits(policy_.traits()), units(units_) {
-    head.info_ = &unit.info;
-    head.keys_ = unit.keys, head.values_ = unit.values, head.elements_ = trace.elements;
-    head.token_ = unit.token, head.multiplicity_ = unit.multiplicity, head.order_ = unit.order, head.rank_ = unit.rank;
-    head.state_ = reinterpret_cast<Slot*>(unit.state), head.scratch_ = reinterpret_cast<Scratch*>(unit.scratch);
-    head.head_state_ = reinterpret_cast<HeadState*>(unit.head_state);
-    head.vector_ = unit.vector, head.value_vector_ = unit.value_vector;
-    head.probe_ = unit.probe, head.score_ = unit.score;
-    head.sight_.seen = {unit.sums, 1, trace.group};
-    head.sight_.kept = unit.stays, head.sight_.target = unit.target, head.sight_.similarity = unit.similarity;
-    head.sight_.key_gradient = unit.gradient;
-    head.sight_.query_mean = unit.query_mean, head.sight_.query_covariance = unit.query_covariance;
-    head.sight_.future_mass = unit.future;
-    head.sight_.output_norm = layer.norms ? layer.norms + static_cast<long>(unit.info.kv_head) * trace.tokens : nullptr;
-  }
+  __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
 
-  /// Refreshes what a view of the head says of the moment; call before any hook.
-  __device__ void look_around() {
-    head.moment_ = {now, phase, progress.compressions, block};
-    head.size_ = size;
+  __device__ Traits traits() const { return policy.traits(); }
+
+  /// The head as hooks see it now, `rows` query rows having been summed in head.seen(). Made where it is used: what a hook
+  /// does not read costs nothing.
+  __device__ Head head(int rows = 1) const {
+    Head h{};
+    h.info_ = &unit.info, h.moment_ = {now, phase, progress.compressions, block}, h.size_ = size;
+    h.keys_ = unit.keys, h.values_ = unit.values, h.elements_ = trace.elements;
+    h.token_ = unit.token, h.multiplicity_ = unit.multiplicity, h.order_ = unit.order, h.rank_ = unit.rank;
+    h.state_ = reinterpret_cast<Slot*>(unit.state), h.scratch_ = reinterpret_cast<Scratch*>(unit.scratch);
+    h.head_state_ = reinterpret_cast<HeadState*>(unit.head_state);
+    h.vector_ = unit.vector, h.value_vector_ = unit.value_vector, h.probe_ = unit.probe, h.score_ = unit.score;
+    h.sight_.seen = {unit.sums, rows, trace.group};
+    h.sight_.kept = unit.stays, h.sight_.target = unit.target, h.sight_.similarity = unit.similarity;
+    h.sight_.key_gradient = unit.gradient, h.sight_.query_mean = unit.query_mean;
+    h.sight_.query_covariance = unit.query_covariance, h.sight_.future_mass = unit.future;
+    h.sight_.output_norm = layer.norms ? layer.norms + static_cast<long>(unit.info.kv_head) * trace.tokens : nullptr;
+    return h;
   }
+  __device__ Slot& state(int s) const { return reinterpret_cast<Slot*>(unit.state)[s]; }
   __device__ SlotView<Slot> view(int s, float probe = 0) const {
-    return {head.state(s), unit.info, unit.token[s], now, unit.multiplicity[s], probe};
+    return {state(s), unit.info, unit.token[s], now, unit.multiplicity[s], probe};
   }
 
-  /// All per-slot data as it was before the first token.
+  /// All data as it was before the first token.
   __device__ void begin() {
     team.for_each(unit.capacity, [&](int s) {
-      head.scratch(s) = Scratch{};
+      reinterpret_cast<Scratch*>(unit.scratch)[s] = Scratch{};
       unit.stays[s] = 1;
     });
-    if (threadIdx.x == 0) head.shared() = HeadState{};
-    if (traits.key_probe) team.for_each(trace.key_dim, [&](int c) { unit.vector[c] = 0; });
-    if (traits.value_vector) team.for_each(trace.value_dim, [&](int c) { unit.value_vector[c] = 0; });
+    if (threadIdx.x == 0) *reinterpret_cast<HeadState*>(unit.head_state) = HeadState{};
+    if (traits().key_probe) team.for_each(trace.key_dim, [&](int c) { unit.vector[c] = 0; });
+    if (traits().value_vector) team.for_each(trace.value_dim, [&](int c) { unit.value_vector[c] = 0; });
     if (unit.query_sum) {
       team.for_each(trace.group * trace.key_dim, [&](int i) { unit.query_sum[i] = 0; });
       team.for_each(trace.group * trace.key_dim * trace.key_dim, [&](int i) { unit.query_outer[i] = 0; });
@@ -62,29 +92,28 @@ struct Player : Play {
   }
 
   /// Tokens [first, last) become slots. Needs and gives a barrier.
-  __device__ __noinline__ void append(int first, int last) {
+  __device__ void append(int first, int last) {
     const int before = size;
     append_rows(first, last, before);
     for (int s = before + static_cast<int>(threadIdx.x); s < before + last - first; s += team_threads) {
-      head.state(s) = Slot{};
+      state(s) = Slot{};
       unit.stays[s] = 1;
       unit.parent[first + s - before] = first + s - before;
     }
     size = before + last - first;
-    look_around();
     if constexpr (detail::declares_on_append<P>) {
       __syncthreads();
-      const bool in_turn = traits.key_probe || traits.value_vector;  // rows add to one vector
+      Head h = head();
+      const bool in_turn = traits().key_probe || traits().value_vector;  // rows add to one vector
       for (int s = before; s < size; ++s)
-        if (static_cast<int>(threadIdx.x / 32) == (in_turn ? 0 : s % team_warps)) policy.on_append(WarpRows{}, head, s);
+        if (static_cast<int>(threadIdx.x / 32) == (in_turn ? 0 : s % team_warps)) policy.on_append(WarpRows{}, h, s);
     }
     __syncthreads();
   }
 
   /// unit.bias of slots [0, n); those beyond `size` belong to a probed block and have none. Gives a barrier.
-  __device__ __noinline__ const float* biases(int n) {
+  __device__ const float* biases(int n) {
     if constexpr (!detail::declares_log_bias<P>) return nullptr;
-    look_around();
     team.for_each(n, [&](int s) {
       if constexpr (detail::declares_log_bias<P>) unit.bias[s] = s < size ? policy.log_bias(view(s)) : 0.f;
     });
@@ -95,7 +124,6 @@ struct Player : Play {
   /// on_attention of a block, from unit.sums. Gives a barrier.
   __device__ void observe_block(int rows) {
     if constexpr (detail::declares_on_attention<P>) {
-      look_around();
       team.for_each(size, [&](int s) {
         policy.on_attention(view(s), Observed{unit.sums + static_cast<long>(s) * trace.group, rows, trace.group});
       });
@@ -105,26 +133,29 @@ struct Player : Play {
 
   /// What one row's `weigh` (or weigh_window) makes of a slot and head: 0 where the row cannot see it.
   __device__ float weighed(int s, int g, bool window, int rows_after) const {
-    const float logit = logits[static_cast<long>(g) * logit_stride + s];
+    const float logit = fixed.logits[static_cast<long>(g) * fixed.logit_stride + s];
     if (logit == -INFINITY) return 0;
     const float x = detail::declares_log_bias<P> ? logit + unit.bias[s] : logit;
-    const float p = exp2f((x - static_cast<float>(row.lse[g])) * log2_e);
+    const float p = exp2f((x - row.log_sum[g]) * log2_e);
     if constexpr (detail::declares_weigh_window<P>)
       if (window) return P::weigh_window(p, logit, rows_after);
     if constexpr (detail::declares_weigh<P>) return P::weigh(p, logit, rows_after);
     return p;
   }
 
-  /// on_attention of the row just attended: a thread's own slots only, so without a barrier.
-  __device__ void observe_row() {
+  /// on_attention of the row just attended, for one slot: its owner's own data only.
+  __device__ void observe_slot(int s) {
     if constexpr (detail::declares_on_attention<P>) {
-      look_around();
-      team.for_each(size, [&](int s) {
-        float mine[stream_heads];
-        float* sums = trace.group <= stream_heads ? mine : unit.sums + static_cast<long>(s) * trace.group;
+      if (trace.group <= stream_heads) {
+        float sums[stream_heads];
+#pragma unroll
+        for (int g = 0; g < stream_heads; ++g) sums[g] = g < trace.group ? weighed(s, g, false, 0) : 0.f;
+        policy.on_attention(view(s), RowObserved(sums, trace.group));
+      } else {
+        float* sums = unit.sums + static_cast<long>(s) * trace.group;
         for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
         policy.on_attention(view(s), Observed{sums, 1, trace.group});
-      });
+      }
     }
   }
 
@@ -140,120 +171,132 @@ struct Player : Play {
   }
 
   /// Whether a compression is due after (or, for probing policies, before) the present block.
-  __device__ bool over_budget() const { return traits.needs_budget() && size > budget; }
+  __device__ bool over_budget() const { return traits().needs_budget() && size > budget; }
   __device__ bool due(int first) const {
-    if (!traits.compresses) return false;
-    if (phase == Phase::prompt) return traits.needs_budget() ? over_budget() : size > 1;
+    if (!traits().compresses) return false;
+    if (phase == Phase::prompt) return traits().needs_budget() ? over_budget() : size > 1;
     return settings.compress == Compress::always && over_budget() &&
-           (first - trace.prompt_tokens + 1) % traits.interval == 0;
+           (first - trace.prompt_tokens + 1) % traits().interval == 0;
   }
 
-  /// Fills unit.score. Gives a barrier.
-  __device__ __noinline__ void score(int window_rows) {
-    look_around();
-    head.sight_.seen.rows = window_rows;
-    if (traits.key_probe && !probe_known) {
-      for (int s = static_cast<int>(threadIdx.x / 32); s < size; s += team_warps) {
-        const float dot = WarpRows{}.dot(head.key(s), detail::FloatRow{unit.vector});
-        if (threadIdx.x % 32 == 0) unit.probe[s] = dot;
-      }
-      __syncthreads();
+  /// key . vector of every slot, a warp a slot; needs a barrier before and gives one.
+  static __device__ __noinline__ void probe_keys(const Fixed& f, int size) {
+    for (int s = static_cast<int>(threadIdx.x / 32); s < size; s += team_warps) {
+      const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, f.trace.elements, s, f.trace.key_dim),
+                                       detail::FloatRow{f.unit.vector});
+      if (threadIdx.x % 32 == 0) f.unit.probe[s] = dot;
     }
-    if constexpr (detail::declares_on_compress<P>)
-      policy.on_compress(team, head);
-    else
-      team.for_each(size, [&](int s) { unit.score[s] = score_of(s); });
     __syncthreads();
   }
-  __device__ float score_of(int s) {
+
+  /// Makes sure of head.probe(), where it is asked for. Gives a barrier when it has to.
+  __device__ void know_probe() {
+    if (traits().key_probe && !probe_known) probe_keys(fixed, size);
+  }
+
+  /// The score of one slot, by a slot hook or one that sees the head.
+  __device__ float score_of(Head& h, int s) const {
     if constexpr (detail::declares_score<P>)
-      return policy.score(view(s, traits.key_probe ? unit.probe[s] : 0));
+      return policy.score(view(s, traits().key_probe ? unit.probe[s] : 0));
     else if constexpr (detail::declares_score_in<P>)
-      return policy.score_in(head, s);
+      return policy.score_in(h, s);
     else
       return 0;
   }
 
+  /// Fills unit.score. Gives a barrier.
+  static __device__ __noinline__ void score(Player player, int window_rows) {
+    player.know_probe();
+    Head h = player.head(window_rows);
+    if constexpr (detail::declares_on_compress<P>)
+      player.policy.on_compress(player.team, h);
+    else
+      player.team.for_each(player.size, [&](int s) { player.unit.score[s] = player.score_of(h, s); });
+    __syncthreads();
+  }
+
   /// One round: from candidates to a smaller cache. Needs and gives a barrier.
-  __device__ __noinline__ void compress(int buffer) {
-    const DeviceCandidates c = decisive(*this, units, traits.scope == Scope::layer, buffer);
-    if (traits.select == Select::links)
-      select_links(*this, c, traits, unit.work[0], unit.work[1]);
-    else
-      select_slots(*this, c, unit.work[0]);
-    int gone = mark_slots(*this, unit.work[0]);
-    look_around();
-    if (traits.select == Select::links)
-      link_targets(*this, traits.picks);
-    else
-      team.for_each(size, [&](int s) { unit.target[s] = -1; });
-    if constexpr (detail::declares_on_merge<P>)
-      if (traits.nearest != Nearest::none) {
-        __syncthreads();
-        find_nearest(*this);
-      }
-    if constexpr (detail::declares_on_selected<P>) {
-      __syncthreads();
-      policy.on_selected(team, head);
-    }
-    __syncthreads();
-    int* going = unit.work[0];  // victims in token order
-    const auto goes = [&](int i) { return unit.stays[unit.order[i]] == 0; };
-    gone = team.number(size, goes, [&](int i, int before) { unit.work[1][i] = before; });
-    team.for_each(size, [&](int i) {
-      if (goes(i)) going[unit.work[1][i]] = unit.order[i];
-    });
-    __syncthreads();
-    bool merges = traits.merges;
-    if constexpr (!detail::declares_on_merge<P>) merges = false;
-    if (!merges) {
-      if (threadIdx.x == 0) progress.evictions += gone;
-      if (traits.select == Select::links) count_as_if_merged(*this, traits.clip);
-      drop(going, gone);
-    } else if (traits.one_at_a_time && gone > 1) {
-      one_by_one(c, going, gone);
-    } else {
-      if constexpr (detail::declares_on_merge<P>) {
-        if (gone == 1)
-          fold_one(*this, going[0]);
-        else
-          fold_many(*this, going, gone);
-      }
-      drop(going, gone);
-    }
+  __device__ void compress(int buffer, int window_rows) {
+    Player copy = *this;
+    compress_copy(copy, buffer, window_rows);
+    follow(copy);
   }
 
-  /// The single victim of a policy that merges nothing, known without places.
-  __device__ void evict_one(int victim) {
-    if (threadIdx.x == 0) ++progress.evictions;
-    drop(&victim, 1);
-  }
-
-  /// Slots going[0 .. gone) leave. Gives a barrier.
-  __device__ __noinline__ void drop(const int* going, int gone) {
+  /// Slots going[0 .. gone) leave, in token order. Gives a barrier.
+  __device__ void drop(const int* going, int gone) {
+    if (gone == 1) return drop_one(going[0]);
+    if (gone == 0) return;
     if constexpr (detail::declares_on_evict<P>) {
-      look_around();
-      for (int i = 0; i < gone && threadIdx.x < 32; ++i) policy.on_evict(WarpRows{}, head, going[i]);
+      Head h = head();
+      for (int i = 0; i < gone && threadIdx.x < 32; ++i) policy.on_evict(WarpRows{}, h, going[i]);
       __syncthreads();
     }
-    if (gone == 1) {
-      const int victim = going[0], last = size - 1;
-      remove_one(victim);
-      if (victim != last && threadIdx.x == 0) {
-        head.state(victim) = head.state(last);
-        unit.stays[victim] = unit.stays[last], unit.stays[last] = 1;
-      } else if (threadIdx.x == 0) {
-        unit.stays[victim] = 1;
-      }
+    remove_many([&](int from, int to) { state(to) = state(from); });
+  }
+
+  __device__ void drop_one(int victim) {
+    if constexpr (detail::declares_on_evict<P>) {
+      Head h = head();
+      if (threadIdx.x < 32) policy.on_evict(WarpRows{}, h, victim);
       __syncthreads();
-    } else if (gone > 1) {
-      remove_many([&](int from, int to) { head.state(to) = head.state(from); });
     }
+    const int last = size - 1;
+    remove_one(victim);
+    if (threadIdx.x == 0) {
+      if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
+      unit.stays[last] = 1;
+    }
+    __syncthreads();
   }
 
  private:
+  static __device__ __noinline__ void compress_copy(Player& p, int buffer, int window_rows) {
+    const Unit& unit = p.unit;
+    const BlockTeam team = p.team;
+    const Traits traits = p.traits();
+    Head h = p.head(window_rows);
+    const DeviceCandidates c = decisive(p, p.fixed.units, traits.scope == Scope::layer, buffer);
+    if (traits.select == Select::links)
+      select_links(p, c, traits, unit.work[0], unit.work[1]);
+    else
+      select_slots(p, c, unit.work[0]);
+    mark_slots(p, unit.work[0]);
+    if (traits.select == Select::links)
+      link_targets(p, traits.picks);
+    else
+      team.for_each(p.size, [&](int s) { unit.target[s] = -1; });
+    __syncthreads();
+    if constexpr (detail::declares_on_merge<P>)
+      if (traits.nearest != Nearest::none) find_nearest(p, h);
+    if constexpr (detail::declares_on_selected<P>) {
+      p.policy.on_selected(team, h);
+      __syncthreads();
+    }
+    int* going = unit.work[0];  // victims in token order
+    const auto goes = [&](int i) { return unit.stays[unit.order[i]] == 0; };
+    const int gone = team.number(p.size, goes, [&](int i, int before) { unit.work[1][i] = before; });
+    team.for_each(p.size, [&](int i) {
+      if (goes(i)) going[unit.work[1][i]] = unit.order[i];
+    });
+    __syncthreads();
+    if (!detail::declares_on_merge<P> || !traits.merges) {
+      if (threadIdx.x == 0) p.progress.evictions += gone;
+      if (traits.select == Select::links) count_as_if_merged(p, traits.clip);
+      p.drop(going, gone);
+      return;
+    }
+    if constexpr (detail::declares_on_merge<P>) {
+      if (traits.one_at_a_time && gone > 1) return p.one_by_one(c, going, gone);
+      if (gone == 1)
+        fold_one(p, h, going[0]);
+      else
+        fold_many(p, h, going, gone);
+    }
+    p.drop(going, gone);
+  }
+
   /// The victims one by one, the lowest score first, each plan seeing the folds before it. Slots move: tokens do not.
-  __device__ __noinline__ void one_by_one(const DeviceCandidates& c, const int* going, int gone) {
+  __device__ void one_by_one(const DeviceCandidates& c, const int* going, int gone) {
     int* tokens = unit.work[4];
     const auto key_of = [&](int i) {
       const int place = unit.rank[going[i]];
@@ -277,8 +320,11 @@ struct Player : Play {
     for (int i = 0; i < gone; ++i) {
       const int victim = slot_of_query(tokens[i], size);
       __syncthreads();
-      if constexpr (detail::declares_on_merge<P>) fold_one(*this, victim);
-      drop(&victim, 1);
+      if constexpr (detail::declares_on_merge<P>) {
+        Head h = head();
+        fold_one(*this, h, victim);
+      }
+      drop_one(victim);
     }
   }
 };

@@ -14,6 +14,9 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 /// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
 constexpr int stream_pitch(int value_dim) { return value_dim + 4; }
 
+/// Elements between the heads' queries in shared memory: apart by half of all banks, so that two rows are read at once.
+constexpr int query_pitch(int key_dim) { return key_dim + 32; }
+
 /// Whether rows of these shapes go over tensor cores (stream_attention.cuh).
 constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
   return elements != Dtype::float32 && key_dim % 8 == 0 && value_dim % 8 == 0 && key_dim <= 128 && value_dim <= 128 &&
@@ -22,13 +25,14 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + (team_warps + 2) * group * 4 + group * 8 + 16;
+  int bytes = group * value_dim * 4 + (team_warps + 3) * group * 4 + group * 8 + 16;
   if (streamed)
-    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) + 3 * key_dim * 2;
+    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) + 3 * key_dim * 2 +
+             stream_heads * query_pitch(key_dim) * 2;
   return (bytes + 15) / 16 * 16;
 }
 
 /// Bytes of shared memory that a team's own data and the runtime take beside it, at most.
-constexpr int team_memory_bytes = 4096;
+constexpr int team_memory_bytes = 6144;
 
 }  // namespace kv

@@ -47,13 +47,28 @@ struct StreamMemory {
   SoftmaxPart* parts;   // [team_warps][group]
   float* partial;       // [team_warps][group][value_dim padded to stream_pitch]
   unsigned* probe;      // [3][key_dim / 2] the probe vector's parts as elements
+  std::uint16_t* queries;  // [stream_heads][query_pitch] the group's queries, zeros beyond
 };
 
 namespace detail {
 
-__device__ inline void copy_async(uint4* to, const void* from, bool there) {
+__device__ inline void copy_async(uint4* to, const void* from, bool there = true) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+/// `slots` rows, `row_step` elements apart, of which those at 0, slot_step, ... below `slots_left` are there; of each
+/// `chunks` chunks, `chunk_step` elements apart, of which those at 0, left_step, ... below `chunks_left` are. Zeros for
+/// what is not. Loops, since most tiles are whole and registers are short.
+template <int slots, int chunks>
+__device__ inline void copy_some(uint4* to, const std::uint16_t* rows, long row_step, int slot_step, int chunk_step,
+                                       int slots_left, int chunks_left, int left_step) {
+#pragma unroll 1
+  for (int s = 0; s < slots; ++s)
+#pragma unroll 1
+    for (int j = 0; j < chunks; ++j) {
+      const bool there = s * slot_step < slots_left && j * left_step < chunks_left;
+      copy_async(to + (s * chunks + j) * 32, there ? rows + s * row_step + j * chunk_step : rows, there);
+    }
 }
 __device__ inline void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int still_flying>
@@ -113,37 +128,44 @@ class Stream {
         lane_(static_cast<int>(threadIdx.x % 32)),
         row_(lane_ / 4),
         column_(lane_ % 4),
-        keys_(memory.ring + warp_ * 512),
+        slots_(look.slots),
+        key_dim_(look.key_dim),
+        value_dim_(look.value_dim),
+        key_rows_(static_cast<const std::uint16_t*>(look.keys)),
+        value_rows_(static_cast<const std::uint16_t*>(look.values)),
+        keys_(memory.ring + warp_ * 512 + lane_),
         values_(keys_ + 256) {}
 
   __device__ int first_tile() const { return warp_; }
-  __device__ int tiles() const { return (look_.slots + stream_tile - 1) / stream_tile; }
+  __device__ int tiles() const { return (slots_ + stream_tile - 1) / stream_tile; }
 
+  /// A tile's keys: two halves of 8 slots, this lane the chunks column_, column_ + 4, ... of slot row_ of each.
   __device__ void fetch_keys(int tile) const {
+    const std::uint16_t* rows = key_rows_ + static_cast<long>(tile * stream_tile + row_) * key_dim_ + column_ * 8;
+    if (key_dim_ == width && (tile + 1) * stream_tile <= slots_) {  // offsets are constants
 #pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const int slot = tile * stream_tile + t * 8 + row_;
-      const auto* row = static_cast<const std::uint16_t*>(look_.keys) + static_cast<long>(slot) * look_.key_dim;
-#pragma unroll
-      for (int j = 0; j < key_chunks; ++j) {
-        const int chunk = column_ + 4 * j;
-        const bool there = slot < look_.slots && chunk * 8 < look_.key_dim;
-        detail::copy_async(keys_ + (t * key_chunks + j) * 32 + lane_, there ? row + chunk * 8 : look_.keys, there);
-      }
+      for (int i = 0; i < 2 * key_chunks; ++i)
+        detail::copy_async(keys_ + i * 32, rows + i / key_chunks * 8 * width + i % key_chunks * 32);
+    } else {
+      detail::copy_some<2, key_chunks>(keys_, rows, 8L * key_dim_, 8, 32, slots_ - tile * stream_tile - row_,
+                                       key_dim_ / 8 - column_, 4);
     }
     detail::copies_end();
   }
+  /// A tile's values: four slots, two of each half, this lane the chunks row_, row_ + 8 of each.
   __device__ void fetch_values(int tile) const {
+    const int slot = tile * stream_tile + 2 * column_;
+    const std::uint16_t* rows = value_rows_ + static_cast<long>(slot) * value_dim_ + row_ * 8;
+    if (value_dim_ == width && (tile + 1) * stream_tile <= slots_) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int slot = tile * stream_tile + (i / 2) * 8 + 2 * column_ + i % 2;
-      const auto* row = static_cast<const std::uint16_t*>(look_.values) + static_cast<long>(slot) * look_.value_dim;
-#pragma unroll
-      for (int j = 0; j < value_chunks; ++j) {
-        const int chunk = row_ + 8 * j;
-        const bool there = slot < look_.slots && chunk * 8 < look_.value_dim;
-        detail::copy_async(values_ + (i * value_chunks + j) * 32 + lane_, there ? row + chunk * 8 : look_.values, there);
-      }
+      for (int i = 0; i < 4 * value_chunks; ++i)
+        detail::copy_async(values_ + i * 32, rows + (i / value_chunks / 2 * 8 + i / value_chunks % 2) * width +
+                                                 i % value_chunks * 64);
+    } else {
+#pragma unroll 1
+      for (int side = 0; side < 2; ++side)
+        detail::copy_some<2, value_chunks>(values_ + side * 2 * value_chunks * 32, rows + side * 8L * value_dim_, value_dim_,
+                                           1, 64, slots_ - slot - side * 8, value_dim_ / 8 - row_, 8);
     }
     detail::copies_end();
   }
@@ -151,7 +173,6 @@ class Stream {
   /// The whole row. The warp's first tile must be under way (begin()). `next`: start the first tile again at the end, for
   /// the next row over the same cache.
   __device__ void run(bool next) {
-    load_queries();
     const int tiles_here = tiles();
     for (int tile = first_tile(); tile < tiles_here; tile += team_warps) {
       const int after = tile + team_warps < tiles_here ? tile + team_warps : next ? first_tile() : -1;
@@ -182,29 +203,20 @@ class Stream {
   }
 
  private:
-  __device__ void load_queries() {
-    const auto* query = static_cast<const std::uint16_t*>(look_.query) + row_ * look_.query_stride;
-#pragma unroll
-    for (int j = 0; j < key_chunks; ++j) {
-      const int chunk = column_ + 4 * j;
-      uint4 words{};
-      if (row_ < look_.group && chunk * 8 < look_.key_dim) words = *reinterpret_cast<const uint4*>(query + chunk * 8);
-      query_[j] = words;
-    }
-  }
-
   __device__ void dot_keys(float (&logit)[2][4]) {
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
-      uint4 probe{};
+      uint4 probe{}, query{};
       const int chunk = column_ + 4 * j;
-      if (look_.probe_vector && row_ < 3 && chunk * 8 < look_.key_dim)
-        probe = *reinterpret_cast<const uint4*>(memory_.probe + row_ * (look_.key_dim / 2) + chunk * 4);
+      if (chunk * 8 < key_dim_)
+        query = *reinterpret_cast<const uint4*>(memory_.queries + row_ * query_pitch(key_dim_) + chunk * 8);
+      if (look_.probe_vector && row_ < 3 && chunk * 8 < key_dim_)
+        probe = *reinterpret_cast<const uint4*>(memory_.probe + row_ * (key_dim_ / 2) + chunk * 4);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const uint4 key = keys_[(t * key_chunks + j) * 32 + lane_];
-        detail::mma<half>(logit[t], query_[j].x, probe.x, query_[j].y, probe.y, key.x, key.y);
-        detail::mma<half>(logit[t], query_[j].z, probe.z, query_[j].w, probe.w, key.z, key.w);
+        const uint4 key = keys_[(t * key_chunks + j) * 32];
+        detail::mma<half>(logit[t], query.x, probe.x, query.y, probe.y, key.x, key.y);
+        detail::mma<half>(logit[t], query.z, probe.z, query.w, probe.w, key.z, key.w);
       }
     }
   }
@@ -219,15 +231,15 @@ class Stream {
       float logit[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const bool there = slot + i < look_.slots && !(look_.masked && look_.hidden(slot + i));
+        const bool there = slot + i < slots_ && !(look_.masked && look_.hidden(slot + i));
         logit[i] = there ? detail::logit_of(look_, dots[t][i]) : -INFINITY;
         x[2 * t + i] = look_.bias && there ? logit[i] + look_.bias[slot + i] : logit[i];
         most = fmaxf(most, x[2 * t + i]);
       }
       if (look_.logits && is_head) {
         float* to = look_.logits + static_cast<long>(row_) * look_.logit_stride + slot;
-        if (slot < look_.slots) to[0] = logit[0];
-        if (slot + 1 < look_.slots) to[1] = logit[1];
+        if (slot < slots_) to[0] = logit[0];
+        if (slot + 1 < slots_) to[1] = logit[1];
       }
       if (look_.probe_vector) keep_probe(slot, dots[t]);
     }
@@ -254,7 +266,7 @@ class Stream {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float second = __shfl_down_sync(~0u, dots[2 + i], 4), third = __shfl_down_sync(~0u, dots[2 + i], 8);
-      if (row_ == 0 && slot + i < look_.slots) look_.probe[slot + i] = dots[2 + i] + (second + third);
+      if (row_ == 0 && slot + i < slots_) look_.probe[slot + i] = dots[2 + i] + (second + third);
     }
   }
 
@@ -272,7 +284,7 @@ class Stream {
     for (int j = 0; j < value_chunks; ++j) {
       uint4 rows[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rows[i] = values_[(i * value_chunks + j) * 32 + lane_];
+      for (int i = 0; i < 4; ++i) rows[i] = values_[(i * value_chunks + j) * 32];
       const auto add = [&](int word, unsigned a, unsigned b, unsigned c, unsigned d) {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {  // pairs of slots side by side, channel by channel
@@ -294,26 +306,39 @@ class Stream {
     sum_ += __shfl_xor_sync(~0u, sum_, 2);
     if (row_ >= look_.group) return;
     if (column_ == 0) memory_.parts[warp_ * look_.group + row_] = {most_, sum_};
-    float* to = memory_.partial + static_cast<long>(warp_ * look_.group + row_) * stream_pitch(look_.value_dim);
+    float* to = memory_.partial + static_cast<long>(warp_ * look_.group + row_) * stream_pitch(value_dim_);
 #pragma unroll
     for (int j = 0; j < value_chunks; ++j)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int first = (2 * column_ + side + 8 * j) * 8;
-        if (first >= look_.value_dim) continue;
+        if (first >= value_dim_) continue;
 #pragma unroll
         for (int e = 0; e < 8; ++e) to[first + e] = output_[j * 8 + e][side] + output_[j * 8 + e][side + 2];
       }
   }
 
-  const RowLook look_;
-  const StreamMemory memory_;
-  int warp_, lane_, row_, column_;
-  uint4 *keys_, *values_;
-  uint4 query_[key_chunks];
+  const RowLook& look_;  // in shared memory: what is needed once a tile is read there
+  const StreamMemory& memory_;
+  const int warp_, lane_, row_, column_, slots_, key_dim_, value_dim_;
+  const std::uint16_t *const key_rows_, *const value_rows_;
+  uint4 *const keys_, *const values_;
   float output_[value_chunks * 8][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };
+
+/// Fills StreamMemory::queries. All threads; a barrier must follow.
+__device__ inline void stage_queries(const RowLook& look, std::uint16_t* queries) {
+  const int chunks = look.key_dim / 8, pitch = query_pitch(look.key_dim);
+  for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
+    const int head = i / chunks, chunk = i % chunks;
+    uint4 words{};
+    if (head < look.group)
+      words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(look.query) + head * look.query_stride +
+                                              chunk * 8);
+    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = words;
+  }
+}
 
 /// Fills StreamMemory::probe: three words per pair of channels whose sum is the vector to 24 bits. All threads; a barrier
 /// must follow.
@@ -333,13 +358,19 @@ __device__ void split_probe(const float* vector, int key_dim, unsigned* words) {
 /// Streams the look's slots; `resume` when the warp's first tile is under way since the last row, `next` to start it again
 /// for the next one. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <bool half, int width>
-__device__ __noinline__ void stream_row(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
+__device__ __forceinline__ void stream_here(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
   Stream<half, width> stream(look, memory);
   if (!resume) {
     detail::copies_wait<0>();
     stream.begin();
   }
   stream.run(next);
+}
+
+/// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
+template <bool half, int width>
+__device__ __noinline__ void stream_row(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
+  stream_here<half, width>(look, memory, resume, next);
 }
 
 }  // namespace kv

@@ -10,7 +10,8 @@ struct RowMemory {
   StreamMemory stream;
   float* output;         // [group][value_dim]
   float* weight;         // [team_warps + 1][group] what every warp's part counts in the output; the last: the newest slot
-  double* lse;           // [group]
+  double* lse;           // [group] log-sum-exps
+  float* log_sum;        // [group] the same in float32
   float* newest;         // [group] logits of the newest slot, with bias
   float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
 };
@@ -26,6 +27,7 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
   if (streamed) {
     row.stream.ring = reinterpret_cast<uint4*>(take(team_warps * stream_ring_bytes));
     row.stream.probe = reinterpret_cast<unsigned*>(take(3 * key_dim * 2));
+    row.stream.queries = reinterpret_cast<std::uint16_t*>(take(stream_heads * query_pitch(key_dim) * 2));
     row.stream.partial = reinterpret_cast<float*>(take(team_warps * group * stream_pitch(value_dim) * 4));
     row.stream.parts = reinterpret_cast<SoftmaxPart*>(take(team_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
   }
@@ -33,6 +35,7 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
   row.weight = reinterpret_cast<float*>(take((team_warps + 1) * group * 4));
   row.newest = reinterpret_cast<float*>(take(group * 4));
+  row.log_sum = reinterpret_cast<float*>(take(group * 4));
   return row;
 }
 
@@ -78,22 +81,25 @@ struct TokenAttention {
   Dtype elements;
   const float* sink;
 
-  __device__ void streamed(const RowLook& look, const RowMemory& memory, bool resume, bool next) const {
+  /// `here`: inlined where it is called, in bfloat16.
+  template <bool here>
+  __device__ __forceinline__ void streamed(const RowLook& look, const RowMemory& memory, bool resume, bool next) const {
     const bool half = elements == Dtype::float16;
     if (look.probe_vector) {
       half ? split_probe<true>(look.probe_vector, look.key_dim, memory.stream.probe)
            : split_probe<false>(look.probe_vector, look.key_dim, memory.stream.probe);
-      __syncthreads();
     }
+    stage_queries(look, memory.stream.queries);
+    __syncthreads();
     const bool wide = look.key_dim > 64 || look.value_dim > 64;
     if (half && wide)
       stream_row<true, 128>(look, memory.stream, resume, next);
     else if (half)
       stream_row<true, 64>(look, memory.stream, resume, next);
     else if (wide)
-      stream_row<false, 128>(look, memory.stream, resume, next);
+      stream<here, 128>(look, memory.stream, resume, next);
     else
-      stream_row<false, 64>(look, memory.stream, resume, next);
+      stream<here, 64>(look, memory.stream, resume, next);
     newest_slot(look, memory);
     __syncthreads();
     weigh_parts(look, memory);
@@ -102,7 +108,7 @@ struct TokenAttention {
     __syncthreads();
   }
 
-  __device__ void plain(const RowLook& look, const RowMemory& memory) const {
+  __device__ __noinline__ void plain(const RowLook& look, const RowMemory& memory) const {
     const int n = look.slots + 1;
     for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
       detail::slot_logits(look, elements, s, 0, 1, nullptr);
@@ -117,7 +123,7 @@ struct TokenAttention {
       const float base = most == -INFINITY ? 0.f : most;
       const float sum = team.sum(n, [&](int s) { return p[s] = exp2f((x(s) - base) * log2_e); }) +
                         (sink ? exp2f((sink[g] - base) * log2_e) : 0.f);
-      if (threadIdx.x == 0) memory.lse[g] = lse_of(base, sum);
+      if (threadIdx.x == 0) memory.lse[g] = lse_of(base, sum), memory.log_sum[g] = static_cast<float>(memory.lse[g]);
       const float share = sum > 0 ? 1 / sum : 0.f;
       for (int c = static_cast<int>(threadIdx.x); c < look.value_dim; c += team_threads) {
         float o = 0;
@@ -130,6 +136,14 @@ struct TokenAttention {
   }
 
  private:
+  template <bool here, int width>
+  __device__ __forceinline__ static void stream(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
+    if constexpr (here)
+      stream_here<false, width>(look, memory, resume, next);
+    else
+      stream_row<false, width>(look, memory, resume, next);
+  }
+
   __device__ static double lse_of(float base, float sum) {
     return sum > 0 ? static_cast<double>(base) + log(static_cast<double>(sum)) : -static_cast<double>(INFINITY);
   }
@@ -161,7 +175,7 @@ struct TokenAttention {
       const float one = sum > 0 ? 1 / sum : 0.f;
       for (int w = 0; w < team_warps; ++w) memory.weight[w * look.group + g] = share(part(w).most) * one;
       memory.weight[team_warps * look.group + g] = share(memory.newest[g]) * one;
-      memory.lse[g] = lse_of(base, sum);
+      memory.lse[g] = lse_of(base, sum), memory.log_sum[g] = static_cast<float>(memory.lse[g]);
     }
   }
 

@@ -16,7 +16,7 @@
 namespace kv {
 
 /// What a problem is like. `hides`: a newest_key; `gathers`: gaps between tokens, queries anywhere; `e`: own gradients.
-struct Shape {
+struct ProblemShape {
   Dtype elements = Dtype::bfloat16;
   int key_dim = 128, value_dim = 128, group = 4, rows = 64, slots = 200, older = 0;
   float softcap = 0;
@@ -58,7 +58,7 @@ struct Expected {
 /// One task: made-up inputs here and on the device.
 class Problem {
  public:
-  Problem(const Shape& shape, unsigned seed)
+  Problem(const ProblemShape& shape, unsigned seed)
       : shape_(shape),
         random_(seed),
         queries_(shape.elements, index(long{shape.group} * stride() * shape.key_dim), 1.7f, random_),
@@ -94,7 +94,7 @@ class Problem {
   std::vector<double> lost() const { return lost_.to_host(); }
   std::vector<float> gradients() const { return gradients_.to_host(); }
 
-  const Shape& shape() const { return shape_; }
+  const ProblemShape& shape() const { return shape_; }
   Expected expected() const;
 
  private:
@@ -106,7 +106,7 @@ class Problem {
     return key <= query && key <= newest_key_ && (shape_.window == 0 || query - key < shape_.window);
   }
 
-  Shape shape_;
+  ProblemShape shape_;
   std::mt19937 random_;
   Stored queries_, keys_, values_;
   std::vector<int> token_, query_row_, query_token_, lost_at_;
@@ -156,7 +156,7 @@ inline void Problem::upload() {
   task_.newest_key = newest_key_;
 }
 
-inline double scale_of(const Shape& shape) { return static_cast<float>(1 / std::sqrt(shape.key_dim)); }
+inline double scale_of(const ProblemShape& shape) { return static_cast<float>(1 / std::sqrt(shape.key_dim)); }
 
 inline Expected Problem::expected() const {
   const int group = shape_.group, dk = shape_.key_dim, dv = shape_.value_dim, slots = shape_.slots;

@@ -28,7 +28,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 void check(const Problem& problem) {
-  const Shape& shape = problem.shape();
+  const ProblemShape& shape = problem.shape();
   const bool words = shape.elements != Dtype::float32;
   const Expected want = problem.expected();
   const auto output = problem.output(), lse = problem.lse(), sums = problem.sums();
@@ -39,23 +39,25 @@ void check(const Problem& problem) {
   }
   double worst = 0;
   for (std::size_t i = 0; i < want.lse.size(); ++i) {
-    if (want.lse[i] == -INFINITY)
+    if (want.lse[i] == -INFINITY) {
       EXPECT_EQ(lse[i], -INFINITY) << i;
-    else
+    } else {
       worst = lse[i] == lse[i] ? std::max(worst, std::abs(lse[i] - want.lse[i])) : INFINITY;
+    }
   }
   EXPECT_LT(worst, 3e-5) << "log-sum-exp";
   const auto lost = problem.lost();
   for (std::size_t i = 0; i < want.lost.size(); ++i) ASSERT_NEAR(lost[i], want.lost[i], 1e-5) << i;
-  if (shape.slots > 1)  // with one slot v = o, and all that is left is rounding
+  if (shape.slots > 1) {  // with one slot v = o, and all that is left is rounding
     EXPECT_LT(relative_error(problem.gradients(), want.gradients), words ? 5e-5 : 1e-5) << "gradients";
+  }
 }
 
 /// Tasks of one launch. Problems may differ in rows, slots and what they use, not in the common shape.
 class Launch {
  public:
   explicit Launch(const std::vector<Problem*>& problems) {
-    const Shape& shape = problems[0]->shape();
+    const ProblemShape& shape = problems[0]->shape();
     shape_ = {shape.elements, shape.key_dim, shape.value_dim, shape.group, static_cast<float>(scale_of(shape)),
               shape.softcap};
     for (const Problem* p : problems) {
@@ -90,7 +92,7 @@ bool no_device() {
   return cudaGetDeviceCount(&count) != cudaSuccess || count == 0;
 }
 
-class BlockAttention : public testing::TestWithParam<Shape> {};
+class BlockAttention : public testing::TestWithParam<ProblemShape> {};
 
 TEST_P(BlockAttention, AgreesWithFloat64AndRepeats) {
   if (no_device()) GTEST_SKIP() << "no CUDA device";
@@ -110,8 +112,8 @@ TEST_P(BlockAttention, AgreesWithFloat64AndRepeats) {
 constexpr Dtype bf16 = Dtype::bfloat16, fp16 = Dtype::float16, fp32 = Dtype::float32;
 
 /// Every dim with every element type at one size, then each switch, then sizes around the tiles' edges.
-std::vector<Shape> shapes() {
-  std::vector<Shape> all;
+std::vector<ProblemShape> shapes() {
+  std::vector<ProblemShape> all;
   for (Dtype type : {bf16, fp16, fp32})
     for (int dim : {6, 16, 64, 80, 96, 128, 256})
       all.push_back({.elements = type,
@@ -126,26 +128,27 @@ std::vector<Shape> shapes() {
     all.push_back({.key_dim = key_dim, .value_dim = value_dim, .rows = 33, .slots = 150, .older = 40});
   for (Dtype type : {bf16, fp16, fp32})
     for (int dim : {64, 128}) {
-      const Shape base{.elements = type, .key_dim = dim, .value_dim = dim, .rows = 150, .slots = 600, .older = 300};
+      const ProblemShape base{
+          .elements = type, .key_dim = dim, .value_dim = dim, .rows = 150, .slots = 600, .older = 300};
       const auto with = [&](auto change) {
-        Shape shape = base;
+        ProblemShape shape = base;
         change(shape);
         all.push_back(shape);
       };
-      with([](Shape& s) { s.softcap = 8; });
-      with([](Shape& s) { s.window = 100, s.older = 0; });
-      with([](Shape& s) { s.window = 200; });
-      with([](Shape& s) { s.sinks = true; });
-      with([](Shape& s) { s.bias = true; });
-      with([](Shape& s) { s.hides = true; });
-      with([](Shape& s) { s.older = s.slots; });
-      with([](Shape& s) { s.e = true; });
-      with([](Shape& s) {
+      with([](ProblemShape& s) { s.softcap = 8; });
+      with([](ProblemShape& s) { s.window = 100, s.older = 0; });
+      with([](ProblemShape& s) { s.window = 200; });
+      with([](ProblemShape& s) { s.sinks = true; });
+      with([](ProblemShape& s) { s.bias = true; });
+      with([](ProblemShape& s) { s.hides = true; });
+      with([](ProblemShape& s) { s.older = s.slots; });
+      with([](ProblemShape& s) { s.e = true; });
+      with([](ProblemShape& s) {
         s.softcap = 8, s.window = 170, s.sinks = s.bias = s.hides = s.gathers = s.e = true, s.group = 3;
       });
-      with([](Shape& s) { s.hides = true, s.older = 0, s.rows = s.slots = 280; });
-      with([](Shape& s) { s.hides = true, s.older = 0, s.window = 20; });  // the last rows see nothing
-      with([](Shape& s) { s.hides = s.sinks = true, s.older = 0, s.window = 20; });
+      with([](ProblemShape& s) { s.hides = true, s.older = 0, s.rows = s.slots = 280; });
+      with([](ProblemShape& s) { s.hides = true, s.older = 0, s.window = 20; });  // the last rows see nothing
+      with([](ProblemShape& s) { s.hides = s.sinks = true, s.older = 0, s.window = 20; });
     }
   for (Dtype type : {bf16, fp16})
     for (int group : {1, 3, 4, 8})
@@ -162,7 +165,7 @@ std::vector<Shape> shapes() {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, BlockAttention, testing::ValuesIn(shapes()), [](const auto& at) {
-  const Shape& s = at.param;
+  const ProblemShape& s = at.param;
   return fmt::format("{}_{}_{}x{}_group{}_rows{}_slots{}_older{}{}{}{}{}{}{}{}", at.index, name_of(s.elements),
                      s.key_dim, s.value_dim, s.group, s.rows, s.slots, s.older, s.softcap > 0 ? "_softcap" : "",
                      s.window > 0 ? "_window" : "", s.sinks ? "_sinks" : "", s.bias ? "_bias" : "",
@@ -176,7 +179,7 @@ TEST(BlockAttentionTasks, OfDifferentSizesRunTogether) {
       std::vector<std::unique_ptr<Problem>> problems;
       std::vector<Problem*> all;
       for (int i = 0; i < 11; ++i) {
-        Shape shape{
+        ProblemShape shape{
             .elements = type, .key_dim = dim, .value_dim = dim, .rows = 20 + 40 * (i % 5), .slots = 300 + 90 * i};
         shape.older = i % 3 * 100, shape.bias = i % 4 == 1, shape.sinks = i % 4 == 2;
         if (i == 3) shape.rows = 0;
@@ -197,7 +200,7 @@ TEST(BlockAttentionTasks, OfAWindowShareTheirQueriesOverManySlots) {
   if (no_device()) GTEST_SKIP() << "no CUDA device";
   for (int dim : {64, 72, 128, 256})
     for (int rows : {1, 20, 32, 64}) {
-      Shape shape{.key_dim = dim, .value_dim = dim, .group = 3, .rows = rows, .slots = 1000, .older = 900};
+      ProblemShape shape{.key_dim = dim, .value_dim = dim, .group = 3, .rows = rows, .slots = 1000, .older = 900};
       Problem older(shape, 1);
       shape.slots = 700, shape.older = shape.slots - rows, shape.bias = true;
       Problem other(shape, 2);
@@ -215,7 +218,7 @@ TEST(BlockAttentionTasks, WithoutOutputGiveTheLogSumExpAlone) {
   if (no_device()) GTEST_SKIP() << "no CUDA device";
   for (Dtype type : {bf16, fp16, fp32})
     for (bool bias : {false, true}) {
-      const Shape shape{.elements = type, .rows = 200, .slots = 900, .older = 350, .sinks = bias, .bias = bias};
+      const ProblemShape shape{.elements = type, .rows = 200, .slots = 900, .older = 350, .sinks = bias, .bias = bias};
       Problem valued(shape, 1), bare(shape, 1);
       bare.lse_only();
       valued.spoil(), bare.spoil();

@@ -9,7 +9,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 WIKI, RETRIEVAL = "tests/data/smollm2-135m-wikitext2.h5", "tests/data/smollm2-135m-retrieval.h5"
 
+# On the CPU, whatever the machine has: test_backend.py is about GPUs.
 QUICK = f"""trace: {WIKI}
+backend: cpu
 timing.repeats: 0
 replay.measure: last:8
 sweep:
@@ -19,6 +21,7 @@ sweep:
 """
 # Some seconds of work in many points, for tests that interrupt it.
 LONG = f"""trace: {WIKI}
+backend: cpu
 timing.repeats: 0
 policy: {{name: weighted_kv, managed: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}}
 budget: [25%, 50%, 70%]

@@ -191,13 +191,16 @@ TEST(Held, WithoutDecodeThereIsNoDecodeMean) {
   EXPECT_FALSE(held_of(small_result(), header, {100, 10, 1}).slots_decode_mean.has_value());
 }
 
-Point small_point() { return resolve(expand(parse_config("trace: t.h5\npolicy: h2o\nbudget: 50%\n", "c", {}))).at(0); }
+Point small_point() {
+  return resolve(expand(parse_config("trace: t.h5\npolicy: h2o\nbudget: 50%\nbackend: cpu\n", "c", {}))).at(0);
+}
 
 TEST(Row, IsFlatAndSaysNullForUndefined) {
   const Point point = small_point();
   Row row = make_row(point, small_header(), "ok", "");
   const ReplayResult result = small_result();
-  add_result(row, point, small_header(), result, metrics_of(result), {}, {1.5, 2});
+  add_result(row, point, small_header(), result, metrics_of(result), {});
+  add_cost(row, {1.5, 2, ""});
   for (const auto& [key, value] : row.items()) EXPECT_FALSE(value.is_object()) << key;
   EXPECT_EQ(row["status"], "ok");
   EXPECT_TRUE(row["error"].is_null());
@@ -209,18 +212,24 @@ TEST(Row, IsFlatAndSaysNullForUndefined) {
     EXPECT_TRUE(row[key].is_null()) << key;
   EXPECT_FALSE(row.contains("rel_l2_wo.mean"));
   EXPECT_FALSE(row["acted"].get<bool>());
+  EXPECT_EQ(row["seconds"], 1.5);
+  EXPECT_EQ(row["threads"], 2);
+  EXPECT_TRUE(row["device"].is_null()) << "on the CPU";
 }
 
 TEST(Row, KeepsWhatWasMeasuredWhenItFails) {
   const Point point = small_point();
   Row row = make_row(point, small_header(), "ok", "");
   EXPECT_TRUE(row["error.code"].is_null());
-  add_result(row, point, small_header(), small_result(), metrics_of(small_result()), {}, {1.5, 2});
+  add_result(row, point, small_header(), small_result(), metrics_of(small_result()), {});
   set_failed(row, "no space", 2);
+  add_cost(row, {1.5, 2, "H100"});
   EXPECT_EQ(row["status"], "error");
   EXPECT_EQ(row["error"], "no space");
   EXPECT_EQ(row["error.code"], 2);
   EXPECT_TRUE(row["nmse"].is_number());
+  EXPECT_EQ(row["device"], "H100");
+  EXPECT_EQ(row["seconds"], 1.5);
 }
 
 TEST(Row, BudgetSlotsAreNeverMoreThanTokens) {
@@ -237,7 +246,7 @@ TEST(Row, SumsPhasesPerStep) {
   result.us = {{1, 1}, {10, 20}, {2, 2}, {1, 1}, {1, 1}, {1, 1}};
   result.timing_noise = 0.25;
   Row row = make_row(point, small_header(), "ok", "");
-  add_result(row, point, small_header(), result, metrics_of(result), {0.1, 0.2}, {1, 1});
+  add_result(row, point, small_header(), result, metrics_of(result), {0.1, 0.2});
   EXPECT_EQ(row["us.attend.p50"], 15.0);
   EXPECT_EQ(row["us.step.p50"], 21.0);
   EXPECT_NEAR(row["us.policy_overhead"].get<double>(), 5.0 / 15, 1e-12);
