@@ -77,10 +77,10 @@ check-format: $(venv)
 
 sources = $(shell git ls-files '*.cpp' '*.hpp' '*.cuh' '*.cu')
 
-# Every policy as device code; needs nvcc, no GPU.
+# The program with its CUDA engine, for one architecture; needs nvcc, no GPU.
 cuda: | system
 	cmake -S . -B build-cuda -G Ninja -DKV_CUDA=ON -DKV_CUDA_ARCHITECTURES=90 -DKV_TESTS=OFF -DKV_WERROR=ON $(cmake_flags)
-	ninja -C build-cuda kernels
+	ninja -C build-cuda kvreplay
 
 # The readers of files that others write, under the address and undefined-behaviour sanitizers.
 sanitize: | system

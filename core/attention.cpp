@@ -37,7 +37,8 @@ void softmax(Rows& rows, const AttentionRule& rule, int group, double* lse) {
       if (lse) lse[r] = hidden;
       continue;
     }
-    rows.row(r).array() = (rows.row(r).array() - peak).exp();
+    // Vectorised, exp(-infinity) may be the smallest float: hidden slots weigh nothing on every machine.
+    rows.row(r).array() = (rows.row(r).array() == hidden).select(0.f, (rows.row(r).array() - peak).exp());
     const float denominator = rows.row(r).sum() + (sink == hidden ? 0.f : std::exp(sink - peak));
     rows.row(r) *= 1.f / denominator;
     if (lse) lse[r] = std::log(static_cast<double>(denominator)) + peak;

@@ -58,7 +58,7 @@ void HeadReplay::add_gradient(const AttentionTile& tile, const Look& look, const
     for (Eigen::Index r = 0; r < rows; ++r)
       for (Eigen::Index c = 0; c < columns; ++c) {
         const float t = tile.logit[r * static_cast<Eigen::Index>(tile.stride) + c] / static_cast<float>(model_.softcap);
-        s(r, c) *= std::isfinite(t) ? 1 - t * t : 0.f;  // a hidden slot's probability may be the smallest float, not 0
+        s(r, c) *= std::isfinite(t) ? 1 - t * t : 0.f;  // a hidden slot has no slope
       }
   Eigen::Map<Rows>(gradient_.data(), columns, dim).noalias() += s.transpose() * queries;
 }

@@ -195,7 +195,7 @@ class HeadProgram {
 class BoundPolicy {
  public:
   virtual ~BoundPolicy() = default;
-  virtual std::vector<Field> fields() = 0;  // bound to this object's parameters
+  virtual std::vector<Field> fields() = 0;                                // bound to this object's parameters
   virtual std::vector<std::pair<std::string, Value>> values() const = 0;  // of all parameters, by name
   virtual Traits traits() const = 0;
   virtual std::unique_ptr<HeadProgram> bind(const HeadInfo& head) const = 0;

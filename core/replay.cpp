@@ -227,7 +227,7 @@ void time_replay(Session& session, const PolicyEntry& entry, const BoundPolicy& 
                  const std::vector<UnitOutcome>& checked, ReplayResult& r) {
   const auto steps = checked.front().decode_times.size(), repeats = static_cast<std::size_t>(settings.timing_repeats);
   std::vector<std::vector<std::vector<double>>> us(
-      timed_phases, std::vector(steps, std::vector<double>(repeats)));  // [phase][step][repeat]
+      timed_phases, std::vector(steps, std::vector<double>(repeats)));                  // [phase][step][repeat]
   std::vector<std::vector<double>> prompt(timed_phases, std::vector<double>(repeats));  // [phase][repeat]
   for (std::size_t repeat = 0; repeat < repeats; ++repeat) {
     const std::vector<UnitOutcome> timed = run_all(session, entry, policy, settings, r, false);

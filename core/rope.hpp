@@ -24,9 +24,9 @@ class RopeTable {
 
   int pairs() const { return pairs_; }  // of channels that turn
   RopeStyle style() const { return style_; }
-  Dtype step_dtype() const { return step_dtype_; }               // what every product and sum is rounded to
-  const std::vector<float>& cosines() const { return cos_; }     // [position][pair]
-  const std::vector<float>& sines() const { return sin_; }       // [position][pair]
+  Dtype step_dtype() const { return step_dtype_; }            // what every product and sum is rounded to
+  const std::vector<float>& cosines() const { return cos_; }  // [position][pair]
+  const std::vector<float>& sines() const { return sin_; }    // [position][pair]
 
  private:
   template <Dtype dtype>

@@ -30,8 +30,9 @@ std::string number(double x, const char* shape) {
 }
 
 nlohmann::json to_json(const BenchRow& row) {
-  return {{"work", row.work}, {"us", row.us},     {"floor", row.floor}, {"floor_us", row.floor_us}, {"ratio", row.ratio()},
-          {"must", row.must}, {"goal", row.goal}, {"noise", row.noise}, {"note", row.note}};
+  return {{"work", row.work},         {"us", row.us},         {"floor", row.floor},
+          {"floor_us", row.floor_us}, {"ratio", row.ratio()}, {"must", row.must},
+          {"goal", row.goal},         {"noise", row.noise},   {"note", row.note}};
 }
 
 }  // namespace
@@ -42,13 +43,14 @@ void bench(const BenchOptions& options) {
   });
   TextTable table{{"work", "us", "floor us", "ratio", "must", "goal", "noise", "floor", "note"}};
   for (const BenchRow& row : result.rows)
-    table.push_back({row.work, fmt::format("{:.2f}", row.us), number(row.floor_us, "{:.2f}"), number(row.ratio(), "{:.3f}"),
-                     number(row.must, "{:.2f}"), number(row.goal, "{:.2f}"), fmt::format("{:.1f} %", 100 * row.noise),
-                     row.floor, row.note});
+    table.push_back({row.work, fmt::format("{:.2f}", row.us), number(row.floor_us, "{:.2f}"),
+                     number(row.ratio(), "{:.3f}"), number(row.must, "{:.2f}"), number(row.goal, "{:.2f}"),
+                     fmt::format("{:.1f} %", 100 * row.noise), row.floor, row.note});
   fmt::print("{}: copies {:.2f} TB/s, reads {:.2f} TB/s\n{}", result.device, result.copy * 1e-12, result.read * 1e-12,
              columns(table));
   if (options.json.empty()) return;
-  nlohmann::json json{{"device", result.device}, {"copy", result.copy}, {"read", result.read}, {"rows", nlohmann::json::array()}};
+  nlohmann::json json{
+      {"device", result.device}, {"copy", result.copy}, {"read", result.read}, {"rows", nlohmann::json::array()}};
   for (const BenchRow& row : result.rows) json["rows"].push_back(to_json(row));
   std::ofstream out(options.json);
   out << json.dump(1) << '\n';

@@ -6,9 +6,9 @@
 namespace kv {
 
 struct BenchOptions {
-  std::string only;            // rows whose work contains it
-  std::filesystem::path json;  // where to write the rows too; "" = nowhere
-  std::filesystem::path peers; // what tests/bench/peers.py wrote; "" = no peers
+  std::string only;             // rows whose work contains it
+  std::filesystem::path json;   // where to write the rows too; "" = nowhere
+  std::filesystem::path peers;  // what tests/bench/peers.py wrote; "" = no peers
 };
 
 /// Prints a table. Throws CudaError without a device, ConfigError for files that cannot be read or written.

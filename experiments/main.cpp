@@ -68,7 +68,8 @@ void add_bench(CLI::App& app, kv::BenchOptions& options) {
   CLI::App* bench = app.add_subcommand("bench", "time the CUDA engine against what it cannot go below");
   bench->add_option("--only", options.only, "rows whose name contains this");
   bench->add_option("--json", options.json, "a file that gets the rows too");
-  bench->add_option("--peers", options.peers, "what tests/bench/peers.py wrote on the same machine: floors that need it");
+  bench->add_option("--peers", options.peers,
+                    "what tests/bench/peers.py wrote on the same machine: floors that need it");
 }
 
 std::vector<std::string> commands_of(const CLI::App& app) {

@@ -4,10 +4,9 @@
 #include <climits>
 
 #include "kernels/block_attention.hpp"
+#include "kernels/tensor_words.cuh"
 
 namespace kv::blocks {
-
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 /// logit = bend(q.k) * factor, with bend(x) = tanh(x * inner) under a softcap and x without. `factor2` gives it in units
 /// of log 2, as exp2 wants it.
@@ -22,13 +21,6 @@ inline LogitRule logit_rule(const AttentionShape& shape) {
   const bool capped = shape.softcap > 0;
   const float factor = capped ? shape.softcap : shape.scale;
   return {capped ? shape.scale / shape.softcap : 1.f, factor, factor * log2_e, capped};
-}
-
-/// 2^x with the special function unit: relative error 2^-22, results below 2^-126 are 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 __device__ inline const AttentionTask& attention_of(const AttentionTask& task) { return task; }

@@ -53,7 +53,8 @@ Bandwidth measure_bandwidth() {
   const Buffer<char> from(bytes), to(bytes);
   const Buffer<unsigned> sum(1);
   KV_CUDA_TRY(cudaMemset(from.data(), 0x5a, bytes));
-  const double copy = median_us([&] { KV_CUDA_TRY(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice)); });
+  const double copy =
+      median_us([&] { KV_CUDA_TRY(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice)); });
   int device = 0, multiprocessors = 0;
   KV_CUDA_TRY(cudaGetDevice(&device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));

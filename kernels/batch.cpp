@@ -38,14 +38,18 @@ Launch Batch::stage(Stage what, const BlockRange& block) const {
   Launch launch;
   launch.units = device_units_.data(), launch.progress = progress_.data(), launch.layers = device_layers_.data();
   launch.trace = trace_.data;
-  launch.settings = {plan_.settings.positions,           plan_.settings.compress,
-                     plan_.settings.mass,                plan_.settings.allocation.kind == Allocation::Kind::adaptive,
-                     static_cast<int>(plan_.settings.measured.size()), measured_.data(),
+  launch.settings = {plan_.settings.positions,
+                     plan_.settings.compress,
+                     plan_.settings.mass,
+                     plan_.settings.allocation.kind == Allocation::Kind::adaptive,
+                     static_cast<int>(plan_.settings.measured.size()),
+                     measured_.data(),
                      measured_of_token_.data()};
   launch.unit_count = static_cast<int>(units_.size());
   launch.stage = what, launch.phase = block.phase;
   launch.first = block.first, launch.last = block.last, launch.block = block.index;
-  launch.tasks = tasks_.data(), launch.shared_logits = shared_logits_, launch.timed = timing_ == Timing::phases, launch.meeting = meeting_.data();
+  launch.tasks = tasks_.data(), launch.shared_logits = shared_logits_, launch.timed = timing_ == Timing::phases,
+  launch.meeting = meeting_.data();
   return launch;
 }
 
@@ -96,8 +100,8 @@ void Batch::probe(const BlockRange& block) {
 void Batch::gradients(const Launch& launch, const std::vector<int>& rows) {
   const int count = launch.unit_count;
   const bool absolute = plan_.settings.positions == Positions::absolute;
-  fill_gradient_tasks(span(), tasks_.data(), launch.first, absolute,
-                      plan_.traits.key_gradient == KeyGradient::recorded, gradient_tasks_.data(), stream_);
+  fill_gradient_tasks(span(), tasks_.data(), launch.first, absolute, plan_.traits.key_gradient == KeyGradient::recorded,
+                      gradient_tasks_.data(), stream_);
   key_gradients(trace_.shape(), gradient_tasks_.data(),
                 {count, static_cast<int>(rows.size()), slots_bound_ + launch.last - launch.first}, stream_);
   if (absolute || trace_.data.pairs == 0) return;
@@ -137,8 +141,8 @@ bool Batch::may_be_due(const BlockRange& block) const {
 bool Batch::any_more() {
   if (plan_.traits.select != Select::links || plan_.traits.picks != Picks::disjoint) return false;
   std::vector<Progress> progress(units_.size());
-  KV_CUDA_TRY(cudaMemcpyAsync(progress.data(), progress_.data(), progress.size() * sizeof(Progress), cudaMemcpyDeviceToHost,
-                              stream_));
+  KV_CUDA_TRY(cudaMemcpyAsync(progress.data(), progress_.data(), progress.size() * sizeof(Progress),
+                              cudaMemcpyDeviceToHost, stream_));
   KV_CUDA_TRY(cudaStreamSynchronize(stream_));
   return std::ranges::any_of(progress, &Progress::more);
 }
@@ -203,10 +207,10 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   Launch launch = stage(Stage::steps, begin);
   launch.last = begin.first + static_cast<int>(count);
   launch.last_compresses = last_compresses;
-  const bool compresses = plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
+  const bool compresses =
+      plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
   launch.together = plan_.traits.scope == Scope::layer && trace_.data.kv_heads > 1 && compresses;
-  if (launch.together)
-    KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
+  if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));
   program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
   if (timing_ != Timing::none) step_timers_.back()->stop(stream_);
@@ -222,8 +226,9 @@ void Batch::single_tokens(std::size_t first, std::size_t count) {
     const BlockRange& block = plan_.blocks[first + before];
     ++before;
     const bool over = slots_bound_ + static_cast<int>(before) > budget && plan_.traits.compresses;
-    if (over && (block.phase == Phase::prompt || (plan_.settings.compress == Compress::always &&
-                                                  (block.first - trace_.data.prompt_tokens + 1) % plan_.traits.interval == 0)))
+    if (over &&
+        (block.phase == Phase::prompt || (plan_.settings.compress == Compress::always &&
+                                          (block.first - trace_.data.prompt_tokens + 1) % plan_.traits.interval == 0)))
       break;
   }
   steps(first, before, false);
@@ -239,7 +244,8 @@ void Batch::run(cudaStream_t stream) {
   prompt_timers_.clear(), step_timers_.clear();
   KV_CUDA_TRY(cudaMemsetAsync(progress_.data(), 0, progress_.size() * sizeof(Progress), stream));
   KV_CUDA_TRY(cudaMemsetAsync(measures_.data(), 0xff, measures_.size() * sizeof(double), stream));  // NaN until written
-  if (timing_ == Timing::phases) KV_CUDA_TRY(cudaMemsetAsync(clocks_.data(), 0, clocks_.size() * sizeof(unsigned), stream));
+  if (timing_ == Timing::phases)
+    KV_CUDA_TRY(cudaMemsetAsync(clocks_.data(), 0, clocks_.size() * sizeof(unsigned), stream));
   const std::vector<BlockRange>& blocks = plan_.blocks;
   const bool probes = plan_.traits.probe != Probe::none;
   program_->launch(stage(Stage::begin, blocks.front()), trace_.data.kv_heads, shared_bytes_, stream);

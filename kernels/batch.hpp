@@ -24,9 +24,9 @@ struct BatchPlan {
   static bool alike(const DevicePoint& a, const DevicePoint& b);
   BatchPlan(const TraceHeader& header, const std::vector<DevicePoint>& points);
 
-  int capacity() const;      // most slots that a unit can hold
-  int look_rows() const;     // most query rows of one look at a block
-  int output_rows() const;   // the same for looks that want outputs
+  int capacity() const;     // most slots that a unit can hold
+  int look_rows() const;    // most query rows of one look at a block
+  int output_rows() const;  // the same for looks that want outputs
   bool needs_full_logits() const { return traits.future_mass || settings.mass; }
 };
 
@@ -37,7 +37,7 @@ enum class Timing { none, launches, phases };
 /// Microseconds of one timed pass.
 struct BatchTimes {
   std::vector<double> prompt_us = std::vector<double>(timed_phases);  // [phase]
-  std::vector<std::vector<double>> step_us;                          // [phase][decode step]
+  std::vector<std::vector<double>> step_us;                           // [phase][decode step]
 };
 
 /// One layer as a batch uses it.
@@ -50,8 +50,8 @@ struct BatchLayer {
 class Batch {
  public:
   /// Throws CudaError when the memory is not there.
-  Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPlan& plan, const std::vector<DevicePoint>& points,
-        const std::vector<BatchLayer>& layers, int first_layer, Timing timing);
+  Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPlan& plan,
+        const std::vector<DevicePoint>& points, const std::vector<BatchLayer>& layers, int first_layer, Timing timing);
 
   /// Bytes of device memory that one point takes over one layer.
   static std::size_t bytes_of_unit(const TraceData& trace, const BatchPlan& plan, const DeviceProgram& program);
@@ -110,7 +110,7 @@ class Batch {
   int shared_logits_ = 0;
 
   std::vector<Unit> units_;
-  Buffer<char> memory_;         // every unit's arrays
+  Buffer<char> memory_;  // every unit's arrays
   Buffer<Unit> device_units_;
   Buffer<Progress> progress_;
   Buffer<LayerData> device_layers_;
@@ -118,18 +118,18 @@ class Batch {
   Buffer<KeyGradientTask> gradient_tasks_;
   Buffer<LostMassTask> lost_tasks_;
   Buffer<int> measured_, measured_of_token_, every_token_, meeting_;
-  Buffer<double> measures_;     // [metric][unit][group][measured]
+  Buffer<double> measures_;  // [metric][unit][group][measured]
   Buffer<float> delta_;
   Buffer<double> wo_error2_, wo_output2_;  // [point][layer][measured]
-  Buffer<int> slots_;           // [unit][steps]
+  Buffer<int> slots_;                      // [unit][steps]
   Buffer<unsigned> clocks_;
   Buffer<double> lost_masses_;  // [unit][measured][group]
   std::vector<std::pair<std::vector<int>, Buffer<int>>> row_lists_;
 
   cudaStream_t stream_ = nullptr;
-  int slots_bound_ = 0;      // most slots that a unit may hold now
-  int compressions_ = 0;     // that may have begun
-  bool allocated_ = false;   // adaptive: heads have their budgets
+  int slots_bound_ = 0;     // most slots that a unit may hold now
+  int compressions_ = 0;    // that may have begun
+  bool allocated_ = false;  // adaptive: heads have their budgets
   std::vector<std::unique_ptr<Timer>> prompt_timers_, step_timers_;
 };
 

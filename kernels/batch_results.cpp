@@ -16,14 +16,15 @@ std::exception_ptr error_of(const Progress& p, const Unit& unit, const TraceHead
       return nullptr;
     case UnitError::nan_score:
       return std::make_exception_ptr(
-          InternalError(fmt::format("policy {} scored NaN: layer {}, KV head {}, slot {} (token {})", policy, head.layer,
-                                    head.kv_head, p.error_at[0], p.error_at[1])));
+          InternalError(fmt::format("policy {} scored NaN: layer {}, KV head {}, slot {} (token {})", policy,
+                                    head.layer, head.kv_head, p.error_at[0], p.error_at[1])));
     case UnitError::bad_plan:
-      return std::make_exception_ptr(InternalError(fmt::format(
-          "policy {} planned a merge that cannot be: layer {}, KV head {}, victim {} into slot {} of {}, weights key {} and "
-          "{}, value {} and {}",
-          policy, head.layer, head.kv_head, p.error_at[0], p.error_at[1], p.error_at[2], p.error_weights[0],
-          p.error_weights[1], p.error_weights[2], p.error_weights[3])));
+      return std::make_exception_ptr(
+          InternalError(fmt::format("policy {} planned a merge that cannot be: layer {}, KV head {}, victim {} into "
+                                    "slot {} of {}, weights key {} and "
+                                    "{}, value {} and {}",
+                                    policy, head.layer, head.kv_head, p.error_at[0], p.error_at[1], p.error_at[2],
+                                    p.error_weights[0], p.error_weights[1], p.error_weights[2], p.error_weights[3])));
     case UnitError::bad_divisor:
       return std::make_exception_ptr(InternalError(
           fmt::format("policy {} merges with a divisor that is 0 or not finite: layer {}, KV head {}, slot {}", policy,
@@ -42,8 +43,8 @@ std::exception_ptr error_of(const Progress& p, const Unit& unit, const TraceHead
 void Batch::finish() {
   const TraceData& t = trace_.data;
   const int count = static_cast<int>(units_.size()), rows = static_cast<int>(plan_.settings.measured.size());
+  program_->launch(stage(Stage::finish, plan_.blocks.back()), t.kv_heads, shared_bytes_, stream_);
   if (plan_.settings.positions != Positions::absolute || plan_.merges) {
-    program_->launch(stage(Stage::finish, plan_.blocks.back()), t.kv_heads, shared_bytes_, stream_);
     fill_lost_tasks(span(), measured_.data(), rows, lost_masses_.data(), lost_tasks_.data(), stream_);
     lost_masses(trace_.shape(), lost_tasks_.data(), {count, rows, t.tokens}, stream_);
     store_lost_masses(span(), lost_masses_.data(), rows, stream_);
@@ -61,8 +62,8 @@ void Batch::finish() {
     const float* wo = layers_[l].wo;
     if (!wo) continue;
     const int hidden = header_.model.hidden_size;
-    squared_after_wo(wo, layers_[l].data.full_output, hidden, t.kv_heads, rows, width, wo_output2_.data() + l * measured,
-                     stream_);
+    squared_after_wo(wo, layers_[l].data.full_output, hidden, t.kv_heads, rows, width,
+                     wo_output2_.data() + l * measured, stream_);
     for (std::size_t p = 0; p < points; ++p)
       squared_after_wo(wo, delta_.data() + (p * layers + l) * layer_floats, hidden, t.kv_heads, rows, width,
                        wo_error2_.data() + (p * layers + l) * measured, stream_);
@@ -101,7 +102,8 @@ void Batch::collect(std::vector<ReplayResult>& results, std::vector<std::excepti
       std::copy_n(slots.data() + u * steps, steps, r.slots.data() + at * steps);
       r.final_slots[at] = unit.size;
       r.final_position[at].assign(positions.begin() + offsets[u], positions.begin() + offsets[u] + unit.size);
-      r.final_multiplicity[at].assign(multiplicities.begin() + offsets[u], multiplicities.begin() + offsets[u] + unit.size);
+      r.final_multiplicity[at].assign(multiplicities.begin() + offsets[u],
+                                      multiplicities.begin() + offsets[u] + unit.size);
       r.evictions += unit.evictions, r.merges += unit.merges, r.compressions += unit.compressions;
       r.lost_in_folds += unit.lost_in_folds, r.lost_by_clip += unit.lost_by_clip;
       r.weights_outside += unit.weights_outside, r.unbalanced += unit.unbalanced;
@@ -138,7 +140,8 @@ double Batch::prompt_us(cudaStream_t stream) const {
 BatchTimes Batch::times(cudaStream_t stream) {
   KV_CUDA_TRY(cudaStreamSynchronize(stream));
   BatchTimes times;
-  for (const auto& timer : prompt_timers_) times.prompt_us[static_cast<std::size_t>(timer->phase)] += timer->microseconds();
+  for (const auto& timer : prompt_timers_)
+    times.prompt_us[static_cast<std::size_t>(timer->phase)] += timer->microseconds();
   // A launch plays all heads at once: its time is shared out by the clocks that they spent in each phase of each step.
   const double steps = this->steps_us(stream);
   double all = 0;

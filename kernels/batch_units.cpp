@@ -44,7 +44,8 @@ void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan&
     unit.rotated = carver.take_bytes(n * d * element), unit.rotated_at = carver.take<int>(n);
     unit.queries = carver.take_bytes(group * std::max<std::size_t>(1, rows) * d * element);
   }
-  for (int** array : {&unit.token, &unit.multiplicity, &unit.order, &unit.rank, &unit.target}) *array = carver.take<int>(n);
+  for (int** array : {&unit.token, &unit.multiplicity, &unit.order, &unit.rank, &unit.target})
+    *array = carver.take<int>(n);
   for (int*& array : unit.work) array = carver.take<int>(n + 1);
   unit.state = carver.take_bytes(n * std::max<std::size_t>(1, program.slot_bytes()));
   unit.scratch = carver.take_bytes(n * std::max<std::size_t>(1, program.scratch_bytes()));
@@ -53,8 +54,9 @@ void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan&
   if (traits.value_vector) unit.value_vector = carver.take<float>(dv);
   if (plan.biases) unit.bias = carver.take<float>(n);
   unit.score = carver.take<float>(n), unit.sums = carver.take<float>(n * group);
-  unit.logits = carver.take<float>(n * group);
-  const std::size_t row = plan.needs_full_logits() ? std::max(n, tokens) : n;
+  unit.logits = carver.take<float>(static_cast<std::size_t>(logit_stride(plan.capacity())) * group);
+  const auto row =
+      static_cast<std::size_t>(logit_stride(static_cast<int>(plan.needs_full_logits() ? std::max(n, tokens) : n)));
   if (!streamed) unit.probabilities = carver.take<float>(row * group);
   for (int i = 0; i < 2; ++i)
     unit.score_at[i] = carver.take<float>(n), unit.safety_at[i] = carver.take<std::uint8_t>(n);
@@ -76,7 +78,8 @@ void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan&
   if (traits.future_mass)
     unit.future = carver.take<float>(n), unit.future_all = carver.take<double>(tokens),
     unit.future_left = carver.take<double>(tokens);
-  if (plan.needs_full_logits()) unit.full_logits = carver.take<float>(tokens * group);
+  if (plan.needs_full_logits())
+    unit.full_logits = carver.take<float>(static_cast<std::size_t>(logit_stride(t.tokens)) * group);
   if (plan.settings.mass) unit.slot_mass = carver.take<long long>(n + 1);
   unit.query_row = carver.take<int>(rows), unit.measured_row = carver.take<int>(plan.settings.measured.size());
   unit.block_lse = carver.take<float>(rows * group);
@@ -115,8 +118,10 @@ int BatchPlan::capacity() const {
   int decode = 0;
   for (const BlockRange& b : blocks) decode += b.phase == Phase::decode;
   const int growth = settings.compress == Compress::prompt ? decode : traits.interval;
-  const int before = traits.probe == Probe::none ? 0 : block;  // a probed block joins a cache that is not compressed yet
-  return static_cast<int>(std::min<long>(tokens, static_cast<long>(largest_budget) + before + std::max(block, 1) + growth));
+  const int before =
+      traits.probe == Probe::none ? 0 : block;  // a probed block joins a cache that is not compressed yet
+  return static_cast<int>(
+      std::min<long>(tokens, static_cast<long>(largest_budget) + before + std::max(block, 1) + growth));
 }
 
 int BatchPlan::look_rows() const {
@@ -141,13 +146,22 @@ std::size_t Batch::bytes_of_unit(const TraceData& trace, const BatchPlan& plan, 
   Carver counter;
   carve_unit(unit, counter, trace, plan, program);
   const auto measured = plan.settings.measured.size() * static_cast<std::size_t>(trace.group);
-  return counter.used() + measured * (6 * sizeof(double) + (plan.has_wo ? static_cast<std::size_t>(trace.value_dim) * 4 : 0)) +
-         plan.blocks.size() * sizeof(int) + sizeof(Unit) + sizeof(Progress) + sizeof(LostMassTask) + sizeof(AttentionTask);
+  return counter.used() +
+         measured * (7 * sizeof(double) + (plan.has_wo ? static_cast<std::size_t>(trace.value_dim) * 4 : 0)) +
+         plan.blocks.size() * sizeof(int) + sizeof(Unit) + sizeof(Progress) + sizeof(LostMassTask) +
+         sizeof(AttentionTask);
 }
 
 Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPlan& plan,
-             const std::vector<DevicePoint>& points, const std::vector<BatchLayer>& layers, int first_layer, Timing timing)
-    : trace_(trace), header_(header), plan_(plan), layers_(layers), points_(points), first_layer_(first_layer), timing_(timing) {
+             const std::vector<DevicePoint>& points, const std::vector<BatchLayer>& layers, int first_layer,
+             Timing timing)
+    : trace_(trace),
+      header_(header),
+      plan_(plan),
+      layers_(layers),
+      points_(points),
+      first_layer_(first_layer),
+      timing_(timing) {
   std::vector<const BoundPolicy*> policies;
   for (const DevicePoint& point : points) policies.push_back(point.policy);
   program_ = make_device_program(points.front().entry->doc.name, policies);
@@ -161,13 +175,15 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   // Logits live in shared memory where two blocks of a multiprocessor still fit.
-  const std::size_t logits = static_cast<std::size_t>(plan.capacity() * t.group) * sizeof(float);
-  if (row_bytes_ + logits + team_memory_bytes <= static_cast<std::size_t>(per_multiprocessor) / 2) shared_logits_ = plan.capacity();
+  const std::size_t logits = static_cast<std::size_t>(logit_stride(plan.capacity()) * t.group) * sizeof(float);
+  if (row_bytes_ + logits + team_memory_bytes <= static_cast<std::size_t>(per_multiprocessor) / 2)
+    shared_logits_ = logit_stride(plan.capacity());
   shared_bytes_ = row_bytes_ + (shared_logits_ > 0 ? logits : 0);
   if (shared_bytes_ + team_memory_bytes > static_cast<std::size_t>(per_block))
-    throw CudaError(fmt::format("{} query heads of {} channels a KV head need {} bytes of shared memory, this GPU has {}: "
-                                "use backend: cpu",
-                                t.group, t.value_dim, shared_bytes_, per_block));
+    throw CudaError(
+        fmt::format("{} query heads of {} channels a KV head need {} bytes of shared memory, this GPU has {}: "
+                    "use backend: cpu",
+                    t.group, t.value_dim, shared_bytes_, per_block));
 }
 
 void Batch::make_units(const std::vector<DevicePoint>& points) {
@@ -197,14 +213,15 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
   Unit sample;
   carve_unit(sample, counter, t, plan_, *program_);
   memory_ = Buffer<char>(counter.used() * count);
-  measures_ = Buffer<double>(count * group * measured * 5);
+  measures_ = Buffer<double>(count * group * measured * 6);
   slots_ = Buffer<int>(count * steps);
   lost_masses_ = Buffer<double>(count * group * measured);
   if (plan_.has_wo) delta_ = Buffer<float>(count * group * measured * static_cast<std::size_t>(t.value_dim));
   if (timing_ == Timing::phases) clocks_ = Buffer<unsigned>(count * steps * timed_phases);
   std::vector<int> every(static_cast<std::size_t>(t.tokens)), of_token(every.size(), -1);
   std::iota(every.begin(), every.end(), 0);
-  for (std::size_t m = 0; m < measured; ++m) of_token[static_cast<std::size_t>(plan_.settings.measured[m])] = static_cast<int>(m);
+  for (std::size_t m = 0; m < measured; ++m)
+    of_token[static_cast<std::size_t>(plan_.settings.measured[m])] = static_cast<int>(m);
   every_token_ = Buffer<int>(every), measured_ = Buffer<int>(plan_.settings.measured);
   measured_of_token_ = Buffer<int>(of_token);
   Carver carver(memory_.data());
@@ -212,8 +229,8 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
     Unit& unit = units_[u];
     carve_unit(unit, carver, t, plan_, *program_);
     unit.every_token = every_token_.data();
-    double** metrics[] = {&unit.error2, &unit.output2, &unit.cosine, &unit.lost_mass, &unit.mass_tv};
-    for (std::size_t i = 0; i < 5; ++i) *metrics[i] = measures_.data() + (i * count + u) * group * measured;
+    double** metrics[] = {&unit.error2, &unit.output2, &unit.cosine, &unit.lost_mass, &unit.mass_tv, &unit.got2};
+    for (std::size_t i = 0; i < 6; ++i) *metrics[i] = measures_.data() + (i * count + u) * group * measured;
     if (plan_.has_wo) unit.delta = delta_.data() + u * group * measured * static_cast<std::size_t>(t.value_dim);
     unit.slots_at = slots_.data() + u * steps;
     if (timing_ == Timing::phases) unit.clocks = clocks_.data() + u * steps * timed_phases;

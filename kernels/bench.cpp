@@ -4,7 +4,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
+#include <limits>
 #include <memory>
 
 #include "core/synthetic.hpp"
@@ -68,9 +70,20 @@ void check(Session& session, const DevicePoint& point, const ReplayResult& devic
   // A tie that rounding decides may change a head; more than that is wrong.
   if (!(static_cast<double>(differing) <= 0.05 * static_cast<double>(device.final_position.size())) ||
       !(std::abs(got - expected) <= 5e-3 * expected))
-    throw InternalError(fmt::format("bench: {}: {} of {} heads keep other slots than on the CPU, squared error {} against {}: "
-                                    "nothing is timed",
-                                    work, differing, device.final_position.size(), got, expected));
+    throw InternalError(
+        fmt::format("bench: {}: {} of {} heads keep other slots than on the CPU, squared error {} against {}: "
+                    "nothing is timed",
+                    work, differing, device.final_position.size(), got, expected));
+}
+
+/// A policy with its parameters set.
+std::shared_ptr<BoundPolicy> make_policy(const PolicyEntry& entry,
+                                         const std::vector<std::pair<std::string, std::string>>& parameters) {
+  const std::shared_ptr<BoundPolicy> policy = entry.make();
+  for (const Field& field : policy->fields())
+    for (const auto& [name, value] : parameters)
+      if (field.name == name) field.set(parse_value(field, value));
+  return policy;
 }
 
 BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
@@ -79,10 +92,7 @@ BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
   OneLayer one(shape);
   TraceHeader header = one.session().header();
   const PolicyEntry& entry = find_policy(c.policy);
-  const std::shared_ptr<BoundPolicy> policy = entry.make();
-  for (const Field& field : policy->fields())
-    for (const auto& [name, value] : c.parameters)
-      if (field.name == name) field.set(parse_value(field, value));
+  const std::shared_ptr<BoundPolicy> policy = make_policy(entry, c.parameters);
   ReplaySettings settings;
   settings.budget = c.budget;
   settings.measured = parse_measure("decode", header.tokens, header.prompt_tokens);
@@ -113,9 +123,148 @@ BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
   const auto [low, high] = std::minmax_element(us.begin(), us.end());
   const double bytes = static_cast<double>(layers) * shape.kv_heads * c.budget * 2.0 * shape.head_dim *
                        static_cast<double>(size_of(shape.dtype));
-  BenchRow row{c.work, "K and V held / read bandwidth", median(us), bytes / rates.read * 1e6, c.must, c.goal,
-               (*high - *low) / median(us), ""};
+  BenchRow row{c.work, "K and V held / read bandwidth", median(us), bytes / rates.read * 1e6, c.must,
+               c.goal, (*high - *low) / median(us),     ""};
   return row;
+}
+
+/// Times passes of a batch over copies of one made-up layer: `us(batch, stream)` after each.
+template <class Us>
+std::vector<double> time_batch(const Synthetic& shape, int copies, const PolicyEntry& entry, const BoundPolicy& policy,
+                               const ReplaySettings& settings, Us us) {
+  OneLayer one(shape);
+  TraceHeader header = one.session().header();
+  header.layers.resize(static_cast<std::size_t>(copies), header.layers.front());
+  const DeviceTrace trace(header);
+  DeviceLayer layer(trace, one.session(), 0, false);
+  cudaStream_t stream = nullptr;
+  const std::vector<BatchLayer> all(static_cast<std::size_t>(copies),
+                                    {layer.measured(trace, settings.measured, stream), nullptr});
+  const DevicePoint point{&entry, &policy, &settings};
+  const BatchPlan plan(header, {point});
+  Batch batch(trace, header, plan, {point}, all, 0, Timing::launches);
+  std::vector<double> times;
+  for (int repeat = 0; repeat <= repeats; ++repeat) {
+    batch.run(stream);
+    const double mine = us(batch, stream);
+    if (repeat > 0) times.push_back(mine);
+    if (repeat > 0) continue;
+    std::vector<ReplayResult> result(1, empty_result(header, settings));
+    std::vector<std::exception_ptr> error(1);
+    batch.collect(result, error, stream);
+    if (error[0]) std::rethrow_exception(error[0]);
+    check(one.session(), point, result[0], entry.doc.name);
+  }
+  return times;
+}
+
+BenchRow row_of(const std::string& work, const std::string& floor, std::vector<double> us, double floor_us, double must,
+                double goal, const std::string& note) {
+  const auto [low, high] = std::minmax_element(us.begin(), us.end());
+  const double middle = median(us), noise = (*high - *low) / middle;
+  return {work, floor, middle, floor_us > 0 ? floor_us : std::numeric_limits<double>::quiet_NaN(),
+          must, goal,  noise,  note};
+}
+
+/// One block of 512 tokens under KVSlimmer at 2592 slots: what a ninth block takes beyond eight.
+BenchRow time_slimmer(const BenchPeers& peers) {
+  constexpr int block = 512, slots = 2592, blocks = 9;
+  const PolicyEntry& entry = find_policy("kv_slimmer");
+  const auto policy = entry.make();
+  ReplaySettings settings;
+  settings.budget = slots, settings.block = {block}, settings.compress = Compress::prompt,
+  settings.positions = Positions::span;
+  std::vector<std::vector<double>> us;
+  Synthetic shape;
+  for (const int count : {blocks - 1, blocks}) {
+    shape.tokens = count * block, shape.prompt_tokens = shape.tokens;
+    settings.measured = parse_measure("prompt", shape.tokens, shape.prompt_tokens);
+    us.push_back(time_batch(shape, layers, entry, *policy, settings,
+                            [](const Batch& batch, cudaStream_t stream) { return batch.prompt_us(stream); }));
+  }
+  for (std::size_t i = 0; i < us[1].size(); ++i) us[1][i] -= median(us[0]);
+  const double product = 2.0 * layers * shape.query_heads * block * (slots + block / 2) * shape.head_dim;
+  return row_of("kv_slimmer block of 512 at 2592 slots", "5 attention products at the GEMM rate", us[1],
+                peers.gemm_flops > 0 ? 5 * product / peers.gemm_flops * 1e6 : 0, 1.8, 1.3, "32 layers; with metrics");
+}
+
+/// SnapKV's compression of a long prompt: window, votes, selection, rows moved. The heads of all layers as 256 layers of one
+/// head.
+BenchRow time_snapkv(const Bandwidth& rates) {
+  constexpr int tokens = 32768, kept = 1024, heads = layers * 8;
+  const PolicyEntry& entry = find_policy("snapkv");
+  const auto policy = make_policy(entry, {{"window", "64"}, {"kernel", "5"}});
+  Synthetic shape;
+  shape.query_heads = 4, shape.kv_heads = 1, shape.tokens = tokens + 1, shape.prompt_tokens = tokens;
+  ReplaySettings settings;
+  settings.budget = kept, settings.compress = Compress::prompt;
+  settings.measured = parse_measure("decode", shape.tokens, shape.prompt_tokens);
+  const auto us = time_batch(shape, heads, entry, *policy, settings, [](Batch& batch, cudaStream_t stream) {
+    const std::vector<double> phases = batch.times(stream).prompt_us;
+    double sum = 0;
+    for (std::size_t phase = 1; phase < phases.size(); ++phase) sum += phases[phase];  // all but append
+    return sum;
+  });
+  const double row = 2.0 * shape.head_dim;
+  return row_of("snapkv of 32k, 32 layers", "K read once + kept rows moved", us,
+                heads * (tokens * row / rates.read + 2 * kept * 2 * row / rates.copy) * 1e6, 3, 2,
+                "window of 64, 1024 kept");
+}
+
+/// Full attention and column sums of 16k tokens of one layer.
+std::vector<BenchRow> time_attention(const BenchPeers& peers) {
+  constexpr int tokens = 16384;
+  Synthetic shape;
+  shape.tokens = tokens, shape.prompt_tokens = tokens - 1;
+  OneLayer one(shape);
+  const DeviceTrace trace(one.session().header());
+  DeviceLayer layer(trace, one.session(), 0, false);
+  const std::vector<int> every = parse_measure("all", tokens, tokens - 1);
+  const FullLook look = layer.full_look(trace, every, true);
+  const auto time = [](auto work) {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    KV_CUDA_TRY(cudaEventCreate(&begin));
+    KV_CUDA_TRY(cudaEventCreate(&end));
+    std::vector<double> us;
+    for (int repeat = 0; repeat < repeats + 2; ++repeat) {
+      KV_CUDA_TRY(cudaEventRecord(begin));
+      work();
+      KV_CUDA_TRY(cudaEventRecord(end));
+      KV_CUDA_TRY(cudaEventSynchronize(end));
+      float ms = 0;
+      KV_CUDA_TRY(cudaEventElapsedTime(&ms, begin, end));
+      if (repeat > 1) us.push_back(static_cast<double>(ms) * 1e3);
+    }
+    cudaEventDestroy(begin), cudaEventDestroy(end);
+    return us;
+  };
+  const auto full = time([&] { block_attention(trace.shape(), look.tasks.data(), look.bounds, nullptr); });
+  const auto sums = time([&] { column_masses(trace.shape(), look.tasks.data(), look.bounds, nullptr); });
+  // Some rows against the CPU engine; and every row's probabilities add up to 1.
+  const std::vector<int> some = parse_measure("last:16", tokens, tokens - 1);
+  const auto reference = one.session().reference(0, some);
+  const std::vector<float> output = look.output.to_host(), columns = look.sums.to_host();
+  double error2 = 0, output2 = 0, mass = 0;
+  const auto group = static_cast<std::size_t>(trace.data.group), dv = static_cast<std::size_t>(trace.data.value_dim);
+  for (std::size_t head = 0; head < static_cast<std::size_t>(shape.query_heads); ++head)
+    for (std::size_t i = 0; i < some.size(); ++i)
+      for (std::size_t c = 0; c < dv; ++c) {
+        const std::size_t row = head / group * every.size() + static_cast<std::size_t>(some[i]);
+        const double got = output[(row * group + head % group) * dv + c];
+        const double expected = reference->output[(head * some.size() + i) * dv + c];
+        error2 += (got - expected) * (got - expected), output2 += expected * expected;
+      }
+  for (const float x : columns) mass += x;
+  const double rows = static_cast<double>(tokens) * shape.query_heads;
+  if (!(error2 <= 1e-10 * output2) || !(std::abs(mass - rows) <= 1e-5 * rows))
+    throw InternalError(
+        fmt::format("bench: attention of 16k tokens: relative error {}, probabilities add up to {} of {}",
+                    std::sqrt(error2 / output2), mass, rows));
+  const double product = static_cast<double>(tokens) * tokens * shape.query_heads * shape.head_dim;  // the causal half
+  return {row_of("full attention of 16k, one layer", "cuDNN in bfloat16", full, peers.attention_16k_us, 1.6, 1.4,
+                 fmt::format("relative error {:.1e}", std::sqrt(error2 / output2))),
+          row_of("column sums of 16k, one layer", "QK^T at the GEMM rate", sums,
+                 peers.gemm_flops > 0 ? product / peers.gemm_flops * 1e6 : 0, 1.5, 1.35, "log-sum-exps known")};
 }
 
 std::vector<DecodeCase> decode_cases() {
@@ -160,7 +309,17 @@ BenchResult bench_device(const std::string& only, const BenchPeers& peers,
   };
   for (const DecodeCase& c : decode_cases())
     if (c.work.find(only) != std::string::npos) add(time_decode(c, rates));
-  (void)peers;
+  const auto wanted = [&](const char* work) { return std::string(work).find(only) != std::string::npos; };
+  if (wanted("full attention of 16k, one layer") || wanted("column sums of 16k, one layer"))
+    for (const BenchRow& row : time_attention(peers)) add(row);
+  if (wanted("kv_slimmer block of 512 at 2592 slots")) add(time_slimmer(peers));
+  if (wanted("snapkv of 32k, 32 layers")) add(time_snapkv(rates));
+  if (peers.eager_h2o_us > 0)
+    for (const BenchRow& row : result.rows)
+      if (row.work == "h2o 1024 slots")
+        return add({"h2o 1024 slots, eager PyTorch", "the same on this engine", peers.eager_h2o_us * layers, row.us, 0,
+                    0, 0, "of the same machine; slower by the ratio"}),
+               result;
   return result;
 }
 

@@ -19,9 +19,9 @@ struct BenchRow {
 
 /// What other programs do on the same machine in the same run (tests/bench/peers.py); 0 = not known.
 struct BenchPeers {
-  double gemm_flops = 0;          // per second of a large bfloat16 matrix product
-  double attention_16k_us = 0;    // cuDNN's full causal attention, 16384 tokens, 32 query and 8 KV heads of 128
-  double eager_h2o_us = 0;        // a token of H2O at 1024 slots in eager PyTorch, one layer
+  double gemm_flops = 0;        // per second of a large bfloat16 matrix product
+  double attention_16k_us = 0;  // cuDNN's full causal attention, 16384 tokens, 32 query and 8 KV heads of 128
+  double eager_h2o_us = 0;      // a token of H2O at 1024 slots in eager PyTorch, one layer
 };
 
 struct BenchResult {

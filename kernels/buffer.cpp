@@ -6,10 +6,11 @@ namespace kv {
 
 void out_of_device_memory(std::size_t bytes) {
   cudaGetLastError();  // the failure is told; what comes next must not meet it again
-  throw CudaError(fmt::format(
-      "{:.1f} MiB of device memory were asked for and are not free: lower the budget or replay.block, end what else uses "
-      "the GPU, or give more with --device-memory",
-      static_cast<double>(bytes) / 1048576));
+  throw CudaError(
+      fmt::format("{:.1f} MiB of device memory were asked for and are not free: lower the budget or replay.block, end "
+                  "what else uses "
+                  "the GPU, or give more with --device-memory",
+                  static_cast<double>(bytes) / 1048576));
 }
 
 }  // namespace kv

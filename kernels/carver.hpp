@@ -9,14 +9,14 @@ class Carver {
  public:
   explicit Carver(void* base = nullptr) : base_(static_cast<char*>(base)) {}
 
-  /// `count` values, 16-byte aligned; null while counting.
+  /// `count` values, aligned to what memory moves at once (128 bytes); null while counting.
   template <class T>
   T* take(std::size_t count) {
     return reinterpret_cast<T*>(take_bytes(count * sizeof(T)));
   }
   char* take_bytes(std::size_t bytes) {
     char* at = base_ ? base_ + used_ : nullptr;
-    used_ += (bytes + 15) / 16 * 16;
+    used_ += (bytes + 127) / 128 * 128;
     return at;
   }
   std::size_t used() const { return used_; }

@@ -36,22 +36,28 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
   __syncthreads();
 }
 
+/// Entry i of all heads' candidates of one buffer together: scores add up, the higher safety wins.
+__device__ inline float sum_over_heads(const Fixed& fixed, int buffer, int i, std::uint8_t& safety) {
+  float score = 0;
+  for (int h = 0; h < fixed.unit.layer_heads; ++h) {
+    const Unit& other = fixed.units[fixed.unit.first_head + h];
+    const float theirs = __ldcg(other.score_at[buffer] + i);
+    const std::uint8_t safe = __ldcg(other.safety_at[buffer] + i);
+    score = h == 0 ? theirs : score + theirs;
+    safety = safe > safety ? safe : safety;
+  }
+  return score;
+}
+
 /// The candidates that decide: the unit's own, or the sums over its layer's heads, whose arrays must be complete. Gives a
 /// barrier.
-__device__ __noinline__ inline DeviceCandidates decisive(const Play& play, const Unit* units, bool together, int buffer) {
+__device__ __noinline__ inline DeviceCandidates decisive(const Play& play, bool together, int buffer) {
   const Unit& unit = play.unit;
   if (!together || unit.layer_heads == 1) return {unit.score_at[buffer], unit.safety_at[buffer]};
   play.team.for_each(play.size, [&](int i) {
-    float score = 0;
     std::uint8_t safety = 0;
-    for (int h = 0; h < unit.layer_heads; ++h) {
-      const Unit& other = units[unit.first_head + h];
-      const float theirs = __ldcg(other.score_at[buffer] + i);
-      const std::uint8_t safe = __ldcg(other.safety_at[buffer] + i);
-      score = h == 0 ? theirs : score + theirs;
-      safety = safe > safety ? safe : safety;
-    }
-    unit.all_score[i] = score, unit.all_safety[i] = safety;
+    unit.all_score[i] = sum_over_heads(play.fixed, buffer, i, safety);
+    unit.all_safety[i] = safety;
   });
   __syncthreads();
   return {unit.all_score, unit.all_safety};
@@ -120,7 +126,8 @@ __device__ __noinline__ inline void select_slots(const Play& play, const DeviceC
   if (safe <= budget) {
     team.for_each(n, [&](int i) { goes[i] = 0; });
     __syncthreads();
-    mark_lowest(team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
+    mark_lowest(
+        team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
     return;
   }
   // The first sinks, leaving one slot for another; then the newest of what is protected.
@@ -144,7 +151,8 @@ __device__ __noinline__ inline void select_slots(const Play& play, const DeviceC
 
 /// core/select.cpp's select_links: goes[place + 1] = 1 for every link (place, place + 1) that is joined. `state` is [n].
 /// Gives a barrier.
-__device__ __noinline__ inline void select_links(const Play& play, const DeviceCandidates& c, const Traits& traits, int* goes, int* state) {
+__device__ __noinline__ inline void select_links(const Play& play, const DeviceCandidates& c, const Traits& traits,
+                                                 int* goes, int* state) {
   const BlockTeam team = play.team;
   const int n = play.size, budget = play.budget, links = n - 1;
   const bool by_limit = !traits.needs_budget();

@@ -82,43 +82,48 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, Session& session, int index, 
 
 LayerData DeviceLayer::measured(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream) {
   auto found = full_.find(tokens);
-  if (found == full_.end()) found = full_.emplace(tokens, attend(trace, tokens, stream)).first;
+  if (found == full_.end()) {
+    FullLook look = full_look(trace, tokens, false);
+    block_attention(trace.shape(), look.tasks.data(), look.bounds, stream);
+    KV_CUDA_TRY(cudaStreamSynchronize(stream));
+    found = full_.emplace(tokens, FullAttention{std::move(look.output), std::move(look.lse)}).first;
+  }
   LayerData data = data_;
   data.full_output = found->second.output.data(), data.full_lse = found->second.lse.data();
   return data;
 }
 
-DeviceLayer::FullAttention DeviceLayer::attend(const DeviceTrace& trace, const std::vector<int>& measured,
-                                               cudaStream_t stream) const {
+FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool sums) const {
   const TraceData& t = trace.data;
-  const auto rows = measured.size(), heads = static_cast<std::size_t>(t.kv_heads), group = static_cast<std::size_t>(t.group);
-  FullAttention full{Buffer<float>(heads * rows * group * static_cast<std::size_t>(t.value_dim)),
-                     Buffer<float>(heads * rows * group)};
-  std::vector<int> every(static_cast<std::size_t>(t.tokens)), query_row;
+  const auto rows = tokens.size(), heads = static_cast<std::size_t>(t.kv_heads),
+             group = static_cast<std::size_t>(t.group), dv = static_cast<std::size_t>(t.value_dim),
+             all = static_cast<std::size_t>(t.tokens), element = static_cast<std::size_t>(bytes_of(t.elements));
+  std::vector<int> every(all), query_row;
   std::iota(every.begin(), every.end(), 0);
-  for (const int token : measured) query_row.push_back(row_of_token_[static_cast<std::size_t>(token)]);
-  const Buffer<int> token(every), row(query_row), query_token(measured);
+  for (const int token : tokens) query_row.push_back(row_of_token_[static_cast<std::size_t>(token)]);
+  FullLook look;
+  look.token = Buffer<int>(every), look.query_row = Buffer<int>(query_row), look.query_token = Buffer<int>(tokens);
+  look.output = Buffer<float>(heads * rows * group * dv), look.lse = Buffer<float>(heads * rows * group);
+  if (sums) look.sums = Buffer<float>(heads * all * group);
+  const auto row_of = [&](const void* base, std::size_t row, int dim) {
+    return static_cast<const char*>(base) + row * static_cast<std::size_t>(dim) * element;
+  };
   std::vector<AttentionTask> tasks(heads);
-  const auto element = static_cast<std::size_t>(bytes_of(t.elements));
   for (std::size_t h = 0; h < heads; ++h) {
     AttentionTask& task = tasks[h];
-    const auto bytes = [&](const void* base, std::size_t at, int dim) {
-      return static_cast<const char*>(base) + at * static_cast<std::size_t>(dim) * element;
-    };
-    task.keys = bytes(data_.k_rotated, h * every.size(), t.key_dim);
-    task.values = bytes(data_.v, h * every.size(), t.value_dim);
-    task.token = token.data();
+    task.keys = row_of(data_.k_rotated, h * all, t.key_dim), task.values = row_of(data_.v, h * all, t.value_dim);
+    task.token = look.token.data();
     task.sink_logit = data_.sink_logit ? data_.sink_logit + h * group : nullptr;
-    task.queries = bytes(data_.q_rotated, h * group * static_cast<std::size_t>(data_.query_rows), t.key_dim);
-    task.query_row = row.data(), task.query_token = query_token.data(), task.query_stride = data_.query_rows;
-    task.output = full.output.data() + h * rows * group * static_cast<std::size_t>(t.value_dim);
-    task.lse = full.lse.data() + h * rows * group;
+    task.queries = row_of(data_.q_rotated, h * group * static_cast<std::size_t>(data_.query_rows), t.key_dim);
+    task.query_row = look.query_row.data(), task.query_token = look.query_token.data();
+    task.query_stride = data_.query_rows;
+    task.output = look.output.data() + h * rows * group * dv, task.lse = look.lse.data() + h * rows * group;
+    if (sums) task.sums = look.sums.data() + h * all * group;
     task.slots = t.tokens, task.rows = static_cast<int>(rows), task.window = data_.window;
   }
-  const Buffer<AttentionTask> device_tasks(tasks);
-  block_attention(trace.shape(), device_tasks.data(), {t.kv_heads, static_cast<int>(rows), t.tokens}, stream);
-  KV_CUDA_TRY(cudaStreamSynchronize(stream));
-  return full;
+  look.tasks = Buffer<AttentionTask>(tasks);
+  look.bounds = {t.kv_heads, static_cast<int>(rows), t.tokens};
+  return look;
 }
 
 std::size_t DeviceLayer::bytes(const TraceHeader& header, int layer, Dtype elements, std::size_t measured) {
@@ -128,7 +133,8 @@ std::size_t DeviceLayer::bytes(const TraceHeader& header, int layer, Dtype eleme
   const auto heads = static_cast<std::size_t>(m.query_heads), d = static_cast<std::size_t>(m.head_dim),
              dv = static_cast<std::size_t>(m.value_dim), kv = static_cast<std::size_t>(m.kv_heads),
              tokens = static_cast<std::size_t>(header.tokens);
-  std::size_t bytes = (2 * heads * rows * d + kv * tokens * (2 * d + dv)) * static_cast<std::size_t>(bytes_of(elements));
+  std::size_t bytes =
+      (2 * heads * rows * d + kv * tokens * (2 * d + dv)) * static_cast<std::size_t>(bytes_of(elements));
   bytes += tokens * m.inv_freq.size() * 8 + tokens * 8 + heads * measured * (dv + 1) * 4 + kv * tokens * 4;
   if (info.has_wo) bytes += static_cast<std::size_t>(m.hidden_size) * heads * dv * 4;
   if (info.has_e) bytes += heads * rows * dv * 4;

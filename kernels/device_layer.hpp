@@ -20,6 +20,15 @@ struct DeviceTrace {
   Buffer<int> position_;
 };
 
+/// Queries of some tokens over all keys of a layer: the tasks of block_attention, and where their results go.
+struct FullLook {
+  Buffer<int> token, query_row, query_token;
+  Buffer<AttentionTask> tasks;  // [kv_heads]
+  Buffer<float> output, lse,
+      sums;  // [kv_heads][rows][group][value_dim], [kv_heads][rows][group], [kv_heads][tokens][group]
+  AttentionBounds bounds;
+};
+
 /// One layer's tensors and, for each list of measured queries, full attention.
 class DeviceLayer {
  public:
@@ -28,6 +37,9 @@ class DeviceLayer {
 
   /// The layer for kernels, with full attention of these tokens' queries: computed at the first call and kept.
   LayerData measured(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream);
+
+  /// `sums`: with room for column sums.
+  FullLook full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool sums) const;
 
   const float* wo() const { return wo_.size() > 0 ? wo_.data() : nullptr; }  // [hidden][query_heads * value_dim]
 
@@ -42,8 +54,6 @@ class DeviceLayer {
   struct FullAttention {
     Buffer<float> output, lse;
   };
-  FullAttention attend(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream) const;
-
   std::vector<Buffer<char>> kept_;
   Buffer<float> wo_;
   std::map<std::vector<int>, FullAttention> full_;

@@ -26,8 +26,8 @@ class DeviceProgram {
   virtual bool weighs(bool window) const = 0;
 
   /// Fills every task's sums by that statistic.
-  virtual void column_sums(const AttentionShape& shape, const AttentionTask* tasks, int tasks_count, int rows, int slots,
-                           bool window, cudaStream_t stream) const = 0;
+  virtual void column_sums(const AttentionShape& shape, const AttentionTask* tasks, int tasks_count, int rows,
+                           int slots, bool window, cudaStream_t stream) const = 0;
 
   /// A block of threads for every unit; under `together` as many as are resident at once, whole layers at a time.
   virtual void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const = 0;

@@ -24,8 +24,8 @@ __device__ inline void store_element(void* data, Dtype dtype, long i, float x) {
   if (dtype == Dtype::float32)
     static_cast<float*>(data)[i] = x;
   else
-    static_cast<std::uint16_t*>(data)[i] = dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x))
-                                                                    : __half_as_ushort(__float2half_rn(x));
+    static_cast<std::uint16_t*>(data)[i] =
+        dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
 }
 
 /// core/rounding.hpp's round_to.
@@ -53,8 +53,8 @@ struct DeviceRow {
 };
 
 /// Copies row `from` over row `to`, both of `dim` elements in one array; by `threads` threads of which this is `thread`.
-__device__ inline void copy_row(void* rows, Dtype elements, int dim, long to, const void* from_rows, long from, int thread,
-                                int threads) {
+__device__ inline void copy_row(void* rows, Dtype elements, int dim, long to, const void* from_rows, long from,
+                                int thread, int threads) {
   const int bytes = dim * bytes_of(elements);
   char* target = static_cast<char*>(rows) + to * bytes;
   const char* source = static_cast<const char*>(from_rows) + from * bytes;

@@ -4,16 +4,13 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
-#include <deque>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 
 #include "kernels/batch.hpp"
+#include "kernels/outbox.hpp"
 
 namespace kv {
 namespace {
@@ -25,39 +22,6 @@ std::map<std::string, MakeDeviceProgram>& programs() {
   static std::map<std::string, MakeDeviceProgram> all;  // built on first use: registrars run before main in any order
   return all;
 }
-
-/// Outcomes on their way from the devices' threads to the caller's.
-class Outbox {
- public:
-  void put(std::size_t point, DeviceOutcome outcome) {
-    const std::lock_guard lock(mutex_);
-    ready_.emplace_back(point, std::move(outcome));
-    changed_.notify_one();
-  }
-  void worker_ended() {
-    const std::lock_guard lock(mutex_);
-    ++ended_;
-    changed_.notify_one();
-  }
-  /// The next outcome; empty when all `workers` have ended.
-  std::optional<std::pair<std::size_t, DeviceOutcome>> take(std::size_t workers) {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return !ready_.empty() || ended_ == workers; });
-    if (ready_.empty()) return std::nullopt;
-    auto first = std::move(ready_.front());
-    ready_.pop_front();
-    return first;
-  }
-  void stop() { stopped_ = true; }
-  bool stopped() const { return stopped_; }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::pair<std::size_t, DeviceOutcome>> ready_;
-  std::size_t ended_ = 0;
-  std::atomic<bool> stopped_ = false;
-};
 
 /// A session that several devices read from.
 struct SharedSession {
@@ -94,7 +58,11 @@ struct Stream {
 class DeviceRun {
  public:
   DeviceRun(SharedSession& session, std::vector<PointState> points, const DeviceOptions& options, Outbox& outbox)
-      : session_(session), header_(session.session.header()), points_(std::move(points)), outbox_(outbox), trace_(header_) {
+      : session_(session),
+        header_(session.session.header()),
+        points_(std::move(points)),
+        outbox_(outbox),
+        trace_(header_) {
     std::size_t free = 0, total = 0;
     KV_CUDA_TRY(cudaMemGetInfo(&free, &total));
     memory_ = options.memory > 0 ? std::min(options.memory, free) : free / 10 * 9;
@@ -131,9 +99,8 @@ class DeviceRun {
     for (PointState& state : points_) {
       state.result = empty_result(header_, *state.point.settings);
       wants_norms_ = wants_norms_ || state.point.policy->traits().output_norm;
-      const auto like = std::ranges::find_if(groups_, [&](const Group& group) {
-        return BatchPlan::alike(group.points.front()->point, state.point);
-      });
+      const auto like = std::ranges::find_if(
+          groups_, [&](const Group& group) { return BatchPlan::alike(group.points.front()->point, state.point); });
       if (like == groups_.end())
         groups_.push_back({BatchPlan(header_, {state.point}), {&state}, 0});
       else
@@ -175,11 +142,13 @@ class DeviceRun {
 
   void run_group(Group& group, int first_layer, bool last) {
     const std::size_t layers = layers_.size(), room = memory_ - std::min(memory_, layer_bytes_ * layers);
-    const std::size_t one = point_bytes(group) * layers, fit = std::max<std::size_t>(1, room / std::max<std::size_t>(1, one));
+    const std::size_t one = point_bytes(group) * layers,
+                      fit = std::max<std::size_t>(1, room / std::max<std::size_t>(1, one));
     for (std::size_t first = 0; first < group.points.size(); first += fit) {
       if (outbox_.stopped()) return;
-      std::vector<PointState*> points(group.points.begin() + static_cast<std::ptrdiff_t>(first),
-                                      group.points.begin() + static_cast<std::ptrdiff_t>(std::min(first + fit, group.points.size())));
+      std::vector<PointState*> points(
+          group.points.begin() + static_cast<std::ptrdiff_t>(first),
+          group.points.begin() + static_cast<std::ptrdiff_t>(std::min(first + fit, group.points.size())));
       std::erase_if(points, [](const PointState* s) { return s->error != nullptr; });
       if (points.empty()) continue;
       const std::size_t bytes = one * points.size();
@@ -198,8 +167,8 @@ class DeviceRun {
   void start(Group& group, const std::vector<PointState*>& points, std::size_t bytes, int first_layer) {
     const cudaStream_t stream = streams_[underway_.size()]->id;
     try {
-      auto batch = std::make_unique<Batch>(trace_, header_, group.plan, device_points(points), layers_for(group, stream),
-                                           first_layer, Timing::none);
+      auto batch = std::make_unique<Batch>(trace_, header_, group.plan, device_points(points),
+                                           layers_for(group, stream), first_layer, Timing::none);
       const Clock::time_point begin = Clock::now();
       batch->run(stream);
       underway_.push_back({std::move(batch), &group, points, bytes, begin});
@@ -261,7 +230,8 @@ class DeviceRun {
         batch.collect(again, errors, stream);
         for (std::size_t i = 0; i < again[0].final_position.size(); ++i)
           KV_CHECK(again[0].final_position[i].empty() || again[0].final_position[i] == state.result.final_position[i]);
-        if (times.step_us.empty()) times.step_us.resize(mine.step_us.size(), std::vector<double>(mine.step_us[0].size()));
+        if (times.step_us.empty())
+          times.step_us.resize(mine.step_us.size(), std::vector<double>(mine.step_us[0].size()));
         for (std::size_t phase = 0; phase < timed_phases; ++phase) {
           times.prompt_us[phase] += mine.prompt_us[phase];
           for (std::size_t step = 0; step < mine.step_us[phase].size(); ++step)
@@ -315,7 +285,8 @@ class DeviceRun {
 };
 
 /// A device's thread: whatever goes wrong becomes the error of every point that has no outcome yet.
-void work(int device, SharedSession& session, std::vector<PointState> points, const DeviceOptions& options, Outbox& outbox) {
+void work(int device, SharedSession& session, std::vector<PointState> points, const DeviceOptions& options,
+          Outbox& outbox) {
   std::vector<std::size_t> waiting;
   for (const PointState& state : points) waiting.push_back(state.index);
   try {
@@ -329,7 +300,8 @@ void work(int device, SharedSession& session, std::vector<PointState> points, co
 
 }  // namespace
 
-std::unique_ptr<DeviceProgram> make_device_program(const std::string& name, std::span<const BoundPolicy* const> points) {
+std::unique_ptr<DeviceProgram> make_device_program(const std::string& name,
+                                                   std::span<const BoundPolicy* const> points) {
   const auto make = programs().find(name);
   if (make == programs().end()) throw ConfigError("policy: '" + name + "' was not compiled for the device");
   return make->second(points);
@@ -382,7 +354,8 @@ void replay_on_device(Session& session, std::span<const DevicePoint> points, con
   Outbox outbox;
   std::vector<std::thread> threads;
   for (std::size_t d = 0; d < shares.size(); ++d)
-    threads.emplace_back(work, static_cast<int>(d), std::ref(shared), std::move(shares[d]), std::cref(options), std::ref(outbox));
+    threads.emplace_back(work, static_cast<int>(d), std::ref(shared), std::move(shares[d]), std::cref(options),
+                         std::ref(outbox));
   while (auto outcome = outbox.take(threads.size())) {
     if (told[outcome->first]) continue;
     told[outcome->first] = true;

@@ -15,7 +15,8 @@ __device__ inline void clip_count(const Play& play, int slot, int clip) {
   const int beyond = play.unit.multiplicity[slot] - clip;
   if (clip == 0 || beyond <= 0) return;
   play.unit.multiplicity[slot] = clip;
-  atomicAdd(reinterpret_cast<unsigned long long*>(&play.progress.lost_by_clip), static_cast<unsigned long long>(beyond));
+  atomicAdd(reinterpret_cast<unsigned long long*>(&play.progress.lost_by_clip),
+            static_cast<unsigned long long>(beyond));
 }
 
 __device__ inline void count(long long& counter, long long n = 1) {
@@ -97,7 +98,8 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
     leaves = leaves || outside(plan.key / sum.key_divisor);
   }
   // Without weight from any victim a row is what it was, unless on_target scales it.
-  key_moves = key_moves || sum.own_key != sum.key_divisor, value_moves = value_moves || sum.own_value != sum.value_divisor;
+  key_moves = key_moves || sum.own_key != sum.key_divisor,
+  value_moves = value_moves || sum.own_value != sum.value_divisor;
   if constexpr (by_channel) {
     struct ByChannel {
       Player& player;
@@ -143,78 +145,6 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
 
 }  // namespace detail
 
-namespace detail {
-/// By one thread, in RowTeam's order. Called from several places, inlined in none: unrolled it is long.
-__device__ __noinline__ inline float row_dot(DeviceRow a, DeviceRow b) { return RowTeam{}.dot(a, b); }
-}  // namespace detail
-
-/// Every victim's most similar kept slot that receives: target[slot] and similarity[slot], of equals the older. Gives a
-/// barrier.
-template <class Player, class Head>
-__device__ __noinline__ void find_nearest(Player& player, Head& head) {
-  const Unit& unit = player.unit;
-  const BlockTeam team = player.team;
-  const int n = player.size;
-  const bool cosine = player.traits().nearest == Nearest::cosine;
-  int* receiving = unit.work[2];  // slots in token order
-  float* norm = unit.norm;        // by slot
-  team.for_each(n, [&](int s) {
-    const float length = cosine ? std::sqrt(detail::row_dot(head.key(s), head.key(s))) : 1.f;
-    norm[s] = length > 0 ? length : 1.f;
-    unit.similarity[s] = 0;
-  });
-  __syncthreads();
-  const auto receives = [&](int i) {
-    const int slot = unit.order[i];
-    if (!unit.stays[slot]) return false;
-    if constexpr (detail::declares_receives<typename Player::PolicyType>)
-      return player.policy.receives(player.view(slot));
-    else
-      return true;
-  };
-  const int receivers = team.number(n, receives, [&](int i, int before) {
-    if (receives(i)) receiving[before] = unit.order[i];
-  });
-  __syncthreads();
-  if (receivers == 0) return;
-  const auto nearest_of = [&](int victim, int first, int step, float& best) {  // among receivers first, first + step, ...
-    int at = -1;
-    for (int i = first; i < receivers; i += step) {
-      const int slot = receiving[i];
-      const float dot = detail::row_dot(head.key(victim), head.key(slot)) / (norm[victim] * norm[slot]);
-      if (at < 0 || dot > best) best = dot, at = i;
-    }
-    return at;
-  };
-  const auto keep = [&](int victim, int at, float best) {
-    unit.target[victim] = receiving[at];
-    unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
-  };
-  const int gone = team.count(n, [&](int i) { return unit.stays[unit.order[i]] == 0; });
-  if (gone >= team_threads) {  // a victim a thread
-    team.for_each(n, [&](int i) {
-      const int victim = unit.order[i];
-      if (unit.stays[victim]) return;
-      float best = 0;
-      const int at = nearest_of(victim, 0, 1, best);
-      keep(victim, at, best);
-    });
-    __syncthreads();
-    return;
-  }
-  for (int i = 0; i < n; ++i) {  // all threads on a victim
-    const int victim = unit.order[i];
-    if (unit.stays[victim]) continue;
-    float best = 0;
-    const int at = nearest_of(victim, static_cast<int>(threadIdx.x), team_threads, best);
-    const unsigned long long key =
-        at < 0 ? ~0ull : static_cast<unsigned long long>(~Cut::key_of(best)) << 32 | static_cast<unsigned>(at);
-    const unsigned long long least = team.min_key(key);
-    if (key == least) keep(victim, at, best);
-    __syncthreads();
-  }
-}
-
 /// What merge: false on links leaves: the counts as if the right slots had joined. Needs and gives a barrier.
 __device__ __noinline__ inline void count_as_if_merged(const Play& play, int clip) {
   const Unit& unit = play.unit;
@@ -222,11 +152,13 @@ __device__ __noinline__ inline void count_as_if_merged(const Play& play, int cli
     const int slot = unit.order[i];
     if (!unit.stays[slot]) return;
     const auto joins = [&](int place) {
-      return place >= 0 && place < play.size && !unit.stays[unit.order[place]] && unit.target[unit.order[place]] == slot;
+      return place >= 0 && place < play.size && !unit.stays[unit.order[place]] &&
+             unit.target[unit.order[place]] == slot;
     };
     int tokens = unit.multiplicity[slot];
     for (int j = i + 1; joins(j); ++j) tokens += unit.multiplicity[unit.order[j]];
-    for (int j = i - 1; joins(j); --j) tokens += unit.multiplicity[unit.order[j]];  // a run that settled at a later pivot
+    for (int j = i - 1; joins(j); --j)
+      tokens += unit.multiplicity[unit.order[j]];  // a run that settled at a later pivot
     unit.multiplicity[slot] = tokens;
     detail::clip_count(play, slot, clip);
   });
@@ -268,8 +200,7 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
   };
   each_target([&](int i, int slot) {
     FoldTarget sum = detail::sum_of(player, slot, 1, only);
-    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-      player.policy.on_target(head, slot, sum);
+    if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();

@@ -6,7 +6,6 @@
 #include "kernels/team.cuh"
 #include "policies/policy.hpp"
 
-
 namespace kv {
 
 /// What a kernel leaves behind, all in device memory; see HookOutputs.

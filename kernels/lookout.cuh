@@ -12,18 +12,18 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   const TraceData& trace = play.trace;
   const long head = static_cast<long>(unit.info.kv_head) * trace.tokens;
   if (threadIdx.x == 0) {
-  RowLook& look = play.fixed.look;
-  look = RowLook{};
-  look.keys = play.at(play.layer.k_rotated, head, trace.key_dim);
-  look.values = play.at(play.layer.v, head, trace.value_dim);
-  look.slots = token, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
-  look.scale = trace.scale, look.softcap = trace.softcap;
-  look.token = unit.every_token, look.query_token = token;
-  look.window = play.layer.window, look.masked = play.layer.window > 0;
-  look.logits = unit.full_logits, look.logit_stride = trace.tokens;
-  const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
-  look.query = play.at(play.layer.q_rotated, first, trace.key_dim);
-  look.query_stride = static_cast<long>(play.layer.query_rows) * trace.key_dim;
+    RowLook& look = play.fixed.look;
+    look = RowLook{};
+    look.keys = play.at(play.layer.k_rotated, head, trace.key_dim);
+    look.values = play.at(play.layer.v, head, trace.value_dim);
+    look.slots = token, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
+    look.scale = trace.scale, look.softcap = trace.softcap;
+    look.token = unit.every_token, look.query_token = token;
+    look.window = play.layer.window, look.masked = play.layer.window > 0;
+    look.logits = unit.full_logits, look.logit_stride = logit_stride(trace.tokens);
+    const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
+    look.query = play.at(play.layer.q_rotated, first, trace.key_dim);
+    look.query_stride = static_cast<long>(play.layer.query_rows) * trace.key_dim;
   }
   __syncthreads();
   play.resume = false;
@@ -32,8 +32,8 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
 
 /// Probability that full attention gives `t` in the row that attend_in_full left.
 __device__ inline float full_probability(const Play& play, int g, int t) {
-  const float logit = play.unit.full_logits[static_cast<long>(g) * play.trace.tokens + t];
-  return exp2f((logit - static_cast<float>(play.row.lse[g])) * log2_e);
+  const float logit = play.unit.full_logits[static_cast<long>(g) * logit_stride(play.trace.tokens) + t];
+  return exp2f((logit - play.row.log_sum[g]) * log2_e);
 }
 
 /// Adds `sign` times the group's mean mass that the queries of tokens [first, last) give to every token. The same numbers
@@ -58,19 +58,20 @@ __device__ __noinline__ inline void add_future(Play& play, int first, int last, 
 /// mass_tv of one measured query: half the distance between the slots' masses (in `own`, [group][own_stride] logits and
 /// their log-sum-exps) and the full ones of the tokens that each stands for; lost tokens count in full. Sums are integers,
 /// so their order does not matter.
-__device__ __noinline__ inline void measure_mass(Play& play, int m, int token, const float* own, int own_stride, const float* bias) {
+__device__ __noinline__ inline void measure_mass(Play& play, int m, int token, const float* own, int own_stride,
+                                                 const float* bias) {
   const Unit& unit = play.unit;
   const BlockTeam team = play.team;
   constexpr double unit_mass = 1ll << 52;
   long long* mass = unit.slot_mass;  // [capacity + 1]; the last is that of lost tokens
-  double own_lse[16];
+  float own_lse[16];
   for (int g0 = 0; g0 < play.trace.group; g0 += 16) {
     const int heads = min(16, play.trace.group - g0);
     if (g0 > 0) {  // the full row took the place of the own one's log-sum-exps
       play.look_at(token, bias);
       Play::attend_copy(play, false);
     }
-    for (int g = 0; g < heads; ++g) own_lse[g] = play.row.lse[g0 + g];
+    for (int g = 0; g < heads; ++g) own_lse[g] = play.row.log_sum[g0 + g];
     __syncthreads();
     attend_in_full(play, token);
     for (int g = g0; g < g0 + heads; ++g) {
@@ -81,7 +82,8 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
         while (stands >= 0 && unit.parent[stands] != stands) stands = unit.parent[stands];
         const int slot = stands < 0 ? unit.capacity : play.slot_of_query(stands, play.size);
         const double p = full_probability(play, g, t);
-        atomicAdd(reinterpret_cast<unsigned long long*>(&mass[slot]), static_cast<unsigned long long>(llrint(p * unit_mass)));
+        atomicAdd(reinterpret_cast<unsigned long long*>(&mass[slot]),
+                  static_cast<unsigned long long>(llrint(p * unit_mass)));
       });
       __syncthreads();
       long long moved = 0;
@@ -89,7 +91,7 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
         if (unit.token[s] > token) return;
         const float logit = own[static_cast<long>(g) * own_stride + s];
         const float x = bias ? logit + bias[s] : logit;
-        const double p = exp2f((x - static_cast<float>(own_lse[g - g0])) * log2_e);
+        const double p = exp2f((x - own_lse[g - g0]) * log2_e);
         const long long difference = llrint(p * unit_mass) - mass[s];
         moved += difference < 0 ? -difference : difference;
       });
@@ -100,7 +102,8 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
       atomicAdd(reinterpret_cast<unsigned long long*>(&mass[0]), static_cast<unsigned long long>(moved));
       __syncthreads();
       if (threadIdx.x == 0)
-        unit.mass_tv[static_cast<long>(g) * play.settings.measured_count + m] = static_cast<double>(mass[0]) / unit_mass / 2;
+        unit.mass_tv[static_cast<long>(g) * play.settings.measured_count + m] =
+            static_cast<double>(mass[0]) / unit_mass / 2;
       __syncthreads();
     }
   }

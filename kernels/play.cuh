@@ -27,7 +27,8 @@ struct Fixed {
   TeamMemory team;
   const Unit* units;
   Progress* progress;
-  float* logits;  // [group][logit_stride] of the latest row
+  float* logits;    // [group][logit_stride] of the latest row
+  long long clock;  // when the phase under way began
   int logit_stride;
   bool streamed;  // rows of this shape go over tensor cores
 };
@@ -48,8 +49,8 @@ struct Play {
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
-  bool resume = false;                  // the first tiles of the next row are under way
-  int resumed_slots = 0;                // as many slots as there were then
+  bool resume = false;                     // the first tiles of the next row are under way
+  int resumed_slots = 0;                   // as many slots as there were then
   int changed_one = -1, changed_two = -1;  // slots whose rows were written since; two, and then everything is stale
 
   __device__ explicit Play(Fixed& f)
@@ -140,7 +141,8 @@ struct Play {
     const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
     const auto round = [&](float x) { return round_as(layer.rope_step, x); };
     for (int i = static_cast<int>(threadIdx.x % 32); i < trace.pairs; i += 32) {
-      const float x = load_element(in, trace.elements, i * stride), y = load_element(in, trace.elements, i * stride + second);
+      const float x = load_element(in, trace.elements, i * stride),
+                  y = load_element(in, trace.elements, i * stride + second);
       store_element(out, trace.elements, i * stride, round(round(x * cos[i]) + round(-y * sin[i])));
       store_element(out, trace.elements, i * stride + second, round(round(y * cos[i]) + round(x * sin[i])));
     }
@@ -214,7 +216,7 @@ struct Play {
   /// Attends as fixed.look says; results are in `row` and the look's logits. `last`: nothing else looks before the next
   /// token's row. Gives a barrier.
   template <bool here = false>
-  __device__ __forceinline__ void attend(bool last) {
+  __device__ __forceinline__ void attend(bool last, bool probing) {
     const RowLook& look = fixed.look;
     const TokenAttention attention{team, trace.elements, layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
     if (!fixed.streamed) return attention.plain(look, row);
@@ -224,61 +226,35 @@ struct Play {
     const bool mine = resume && !holds(changed_one) && !holds(changed_two) && (resumed_slots >= end || end <= first) &&
                       (resumed_slots > first || look.slots <= first);
     const bool next = last && absolute();
-    attention.streamed<here>(look, row, mine, next);
+    attention.streamed<here>(look, row, probing, mine, next);
     resume = next, resumed_slots = look.slots, changed_one = changed_two = -1;
   }
 
   /// The same as a call.
-  static __device__ __noinline__ void attend_copy(Play& copy, bool last) { copy.attend(last); }
+  static __device__ __noinline__ void attend_copy(Play& copy, bool last) {
+    copy.attend(last, copy.fixed.look.probe_vector != nullptr);
+  }
   __device__ void attend_apart(bool last) {
     Play copy = *this;
     attend_copy(copy, last);
     follow(copy);
   }
 
-  /// Compares the latest row's output with full attention; `m` is its index among the measured queries. One warp a head.
-  __device__ void measure(int m, int token) const {
-    for (int g = static_cast<int>(threadIdx.x / 32); g < trace.group; g += team_warps)
-      measure_head(fixed, g, m, token, row.output + g * trace.value_dim, row.lse[g]);
-  }
-
-  static __device__ __noinline__ void measure_head(const Fixed& f, int g, int m, int token, const float* output, double lse) {
-    const Unit& unit = f.unit;
-    const int dv = f.trace.value_dim, lane = static_cast<int>(threadIdx.x % 32), head = unit.info.kv_head;
-    const long in_full = (static_cast<long>(head) * f.settings.measured_count + m) * f.trace.group + g;
-    const long in_delta = static_cast<long>(m) * f.trace.group + g;
-    const long here = static_cast<long>(g) * f.settings.measured_count + m;
-    double error2 = 0, full2 = 0, got2 = 0, dot = 0;
-    for (int c = lane; c < dv; c += 32) {
-      const double x = output[c], full = f.layer.full_output[in_full * dv + c];
-      error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
-      if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - f.layer.full_output[in_full * dv + c];
-    }
-    for (int k = 16; k > 0; k /= 2) {
-      error2 += __shfl_xor_sync(~0u, error2, k), full2 += __shfl_xor_sync(~0u, full2, k);
-      got2 += __shfl_xor_sync(~0u, got2, k), dot += __shfl_xor_sync(~0u, dot, k);
-    }
-    if (lane != 0) return;
-    if (!isfinite(error2) || !isfinite(full2)) {
-      if (atomicCAS(reinterpret_cast<int*>(&f.progress->error), 0, static_cast<int>(UnitError::not_finite)) == 0)
-        f.progress->error_at[0] = head * f.trace.group + g, f.progress->error_at[1] = token;
-    }
-    unit.error2[here] = error2, unit.output2[here] = full2;
-    unit.cosine[here] = got2 > 0 && full2 > 0 ? 1 - dot / sqrt(got2 * full2) : static_cast<double>(NAN);
-    // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.
-    const double missing = 1 - exp(lse - static_cast<double>(f.layer.full_lse[in_full]));
-    unit.lost_mass[here] = missing > 0 ? missing : 0;
-  }
-
   /// The victim's row goes and the last slot's takes its place: state is the caller's. Needs a barrier before; one must
   /// follow.
-  __device__ void remove_one(int victim) {
-    const int last = size - 1, gap = unit.rank[victim], gone = unit.token[victim];
-    __syncthreads();
-    for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
-      if (s == victim) continue;
-      const int old = unit.rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
-      unit.rank[slot] = place, unit.order[place] = slot;
+  __device__ void remove_one(int victim, bool with_places) {
+    const int last = size - 1, gone = unit.token[victim];
+    if (with_places) {
+      int *rank = unit.rank, *order = unit.order;
+      const int gap = rank[victim];
+      __syncthreads();
+      for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
+        if (s == victim) continue;
+        const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
+        rank[slot] = place, order[place] = slot;
+      }
+    } else {
+      __syncthreads();
     }
     if (threadIdx.x == 0 && unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
     if (victim != last) {
@@ -294,6 +270,45 @@ struct Play {
       row_changed(victim);
     }
     size = last;
+  }
+
+  /// order and rank from the slots' tokens: all tokens so far are looked at. Needs and gives a barrier.
+  static __device__ __noinline__ void find_order(const Fixed& f, int size, int newest) {
+    const Unit& unit = f.unit;
+    const BlockTeam team{const_cast<TeamMemory*>(&f.team)};
+    int* slot_of = unit.lost_at;  // not needed before the end
+    team.for_each(newest + 1, [&](int t) { slot_of[t] = -1; });
+    __syncthreads();
+    team.for_each(size, [&](int s) { slot_of[unit.token[s]] = s; });
+    __syncthreads();
+    team.number(
+        newest + 1, [&](int t) { return slot_of[t] >= 0; },
+        [&](int t, int before) {
+          if (slot_of[t] >= 0) unit.order[before] = slot_of[t], unit.rank[slot_of[t]] = before;
+        });
+    __syncthreads();
+  }
+
+  /// Asks for what the next token will read, so that it comes from the second-level cache. By the last warp: others do not
+  /// wait for what it has to look up.
+  __device__ void expect(int token) const {
+    if (threadIdx.x < team_threads - 32) return;
+    const int lane = static_cast<int>(threadIdx.x % 32), m = settings.measured_of_token[token];
+    const long row = static_cast<long>(unit.info.kv_head) * trace.tokens + token, query_row = layer.row_of_token[token];
+    const auto ask = [&](const void* from, long bytes) {
+      for (long at = lane * 128; at < bytes; at += 32 * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+    };
+    const long key_bytes = static_cast<long>(trace.key_dim) * bytes_of(trace.elements);
+    ask(at(absolute() ? layer.k_rotated : layer.k, row, trace.key_dim), key_bytes);
+    ask(at(layer.v, row, trace.value_dim), static_cast<long>(trace.value_dim) * bytes_of(trace.elements));
+    for (int g = 0; g < trace.group && query_row >= 0; ++g)
+      ask(at(absolute() ? layer.q_rotated : layer.q, query_head(g) * static_cast<long>(layer.query_rows) + query_row,
+             trace.key_dim),
+          key_bytes);
+    const long full = static_cast<long>(trace.group) * trace.value_dim;
+    if (m >= 0)
+      ask(layer.full_output + (static_cast<long>(unit.info.kv_head) * settings.measured_count + m) * full, full * 4);
   }
 
   /// Every slot with stays[slot] == 0 goes; survivors from the end fill the holes, in any order. `move(from, to)` takes

@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/choose.cuh"
 #include "kernels/fold.cuh"
+#include "kernels/nearest.cuh"
 #include "policies/policy.hpp"
 
 namespace kv {
@@ -39,6 +40,57 @@ class RowObserved {
   int group_;
 };
 
+/// The slots of a unit as a loop over them sees them: pointers and what a row left, read once, since stores in the loop
+/// would make the compiler read them again from shared memory each time.
+template <class P>
+struct SlotLoop {
+  using Slot = typename P::Slot;
+  const HeadInfo info;
+  const Protect protect;
+  const int now, logit_stride;
+  const int *const token, *const multiplicity;
+  Slot* const state;
+  const float *const logits, *const bias, *const probe;
+  float log_sum[stream_heads];  // of the heads of the latest row, where they fit
+
+  __device__ SlotLoop(const Fixed& f, int now_)
+      : info(f.unit.info),
+        protect(f.unit.protect),
+        now(now_),
+        logit_stride(f.logit_stride),
+        token(f.unit.token),
+        multiplicity(f.unit.multiplicity),
+        state(reinterpret_cast<Slot*>(f.unit.state)),
+        logits(f.logits),
+        bias(f.unit.bias),
+        probe(f.unit.probe) {
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g) log_sum[g] = g < info.group ? f.row.log_sum[g] : 0.f;
+  }
+
+  __device__ SlotView<Slot> view(int s, float key_probe = 0) const {
+    return {state[s], info, token[s], now, multiplicity[s], key_probe};
+  }
+
+  /// on_attention of the row just attended, for one slot of a group that fits: its owner's own data only.
+  __device__ void observe(const P& policy, int s) const {
+    if constexpr (detail::declares_on_attention<P>) {
+      float sums[stream_heads];
+      const float b = detail::declares_log_bias<P> ? bias[s] : 0.f;
+#pragma unroll
+      for (int g = 0; g < stream_heads; ++g) {
+        const float logit = g < info.group ? logits[static_cast<long>(g) * logit_stride + s] : -INFINITY;
+        const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
+        if constexpr (detail::declares_weigh<P>)
+          sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
+        else
+          sums[g] = p;
+      }
+      policy.on_attention(view(s), RowObserved(sums, info.group));
+    }
+  }
+};
+
 template <class P>
 struct Player : Play {
   using PolicyType = P;
@@ -47,7 +99,7 @@ struct Player : Play {
   using HeadState = typename P::HeadState;
   using Head = HeadView<Slot, HeadState, Scratch, DeviceRow>;
 
-  const P& policy;           // in shared memory
+  const P& policy;           // in shared memory; loops over slots take a copy
   bool probe_known = false;  // head.probe() of every slot, from the row just attended
 
   __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
@@ -143,19 +195,18 @@ struct Player : Play {
     return p;
   }
 
-  /// on_attention of the row just attended, for one slot: its owner's own data only.
-  __device__ void observe_slot(int s) {
+  /// on_attention of the row just attended, for every slot: a thread's own ones only, so without a barrier.
+  __device__ void observe_row() {
     if constexpr (detail::declares_on_attention<P>) {
-      if (trace.group <= stream_heads) {
-        float sums[stream_heads];
-#pragma unroll
-        for (int g = 0; g < stream_heads; ++g) sums[g] = g < trace.group ? weighed(s, g, false, 0) : 0.f;
-        policy.on_attention(view(s), RowObserved(sums, trace.group));
-      } else {
-        float* sums = unit.sums + static_cast<long>(s) * trace.group;
-        for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
-        policy.on_attention(view(s), Observed{sums, 1, trace.group});
-      }
+      const SlotLoop<P> slots(fixed, now);
+      if (slots.info.group <= stream_heads)
+        team.for_each(size, [&](int s) { slots.observe(policy, s); });
+      else
+        team.for_each(size, [&](int s) {
+          float* sums = unit.sums + static_cast<long>(s) * trace.group;
+          for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
+          policy.on_attention(view(s), Observed{sums, 1, trace.group});
+        });
     }
   }
 
@@ -234,19 +285,28 @@ struct Player : Play {
     remove_many([&](int from, int to) { state(to) = state(from); });
   }
 
-  __device__ void drop_one(int victim) {
+  /// `with_places`: else order and rank are left behind, for find_order() to make again.
+  __device__ void drop_one(int victim, bool with_places = true) {
     if constexpr (detail::declares_on_evict<P>) {
       Head h = head();
       if (threadIdx.x < 32) policy.on_evict(WarpRows{}, h, victim);
       __syncthreads();
     }
     const int last = size - 1;
-    remove_one(victim);
+    remove_one(victim, with_places);
     if (threadIdx.x == 0) {
       if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
       unit.stays[last] = 1;
     }
     __syncthreads();
+  }
+
+  /// Folds the one victim of a compression that had no need to sort.
+  static __device__ __noinline__ void fold_victim(Player& p, int victim) {
+    if constexpr (detail::declares_on_merge<P>) {
+      Head h = p.head();
+      fold_one(p, h, victim);
+    }
   }
 
  private:
@@ -255,7 +315,7 @@ struct Player : Play {
     const BlockTeam team = p.team;
     const Traits traits = p.traits();
     Head h = p.head(window_rows);
-    const DeviceCandidates c = decisive(p, p.fixed.units, traits.scope == Scope::layer, buffer);
+    const DeviceCandidates c = decisive(p, traits.scope == Scope::layer, buffer);
     if (traits.select == Select::links)
       select_links(p, c, traits, unit.work[0], unit.work[1]);
     else

@@ -3,12 +3,12 @@
 #include "kernels/device_hooks.hpp"
 #include "kernels/device_program.hpp"
 
-#define KV_REGISTER(Type)                                                                                          \
-  static_assert(::kv::detail::check_policy<Type>());                                                               \
-  [[maybe_unused]] const bool hooks_##Type = ::kv::register_device_hooks(Type::doc.name, ::kv::run_hooks<Type>);   \
-  [[maybe_unused]] const bool program_##Type =                                                                     \
-      ::kv::register_device_program(Type::doc.name, [](std::span<const ::kv::BoundPolicy* const> points) {         \
-        return std::unique_ptr<::kv::DeviceProgram>(std::make_unique<::kv::DeviceProgramOf<Type>>(points));        \
+#define KV_REGISTER(Type)                                                                                        \
+  static_assert(::kv::detail::check_policy<Type>());                                                             \
+  [[maybe_unused]] const bool hooks_##Type = ::kv::register_device_hooks(Type::doc.name, ::kv::run_hooks<Type>); \
+  [[maybe_unused]] const bool program_##Type =                                                                   \
+      ::kv::register_device_program(Type::doc.name, [](std::span<const ::kv::BoundPolicy* const> points) {       \
+        return std::unique_ptr<::kv::DeviceProgram>(std::make_unique<::kv::DeviceProgramOf<Type>>(points));      \
       })
 
 #include "kernels/buffer.hpp"
@@ -58,8 +58,8 @@ class DeviceProgramOf final : public DeviceProgram {
     int per_multiprocessor = 0, device = 0, multiprocessors = 0;
     KV_CUDA_TRY(cudaGetDevice(&device));
     KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    KV_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, play_kernel<P>, team_threads,
-                                                              shared_bytes));
+    KV_CUDA_TRY(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, play_kernel<P>, team_threads, shared_bytes));
     const int resident = per_multiprocessor * multiprocessors / layer_heads * layer_heads;
     if (resident < layer_heads)
       throw CudaError("the heads of a layer do not fit on this GPU at once, as a policy that decides per layer needs");

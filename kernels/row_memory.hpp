@@ -5,8 +5,8 @@
 namespace kv {
 
 constexpr int team_threads = 256, team_warps = team_threads / 32;
-constexpr int stream_tile = 16;             // slots that a warp takes at a time
-constexpr int stream_heads = 8;             // most query heads of a group that can be streamed
+constexpr int stream_tile = 16;              // slots that a warp takes at a time
+constexpr int stream_heads = 8;              // most query heads of a group that can be streamed
 constexpr int stream_ring_bytes = 512 * 16;  // of a warp: a tile of keys and one of values, up to 128 channels each
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -15,7 +15,13 @@ constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 constexpr int stream_pitch(int value_dim) { return value_dim + 4; }
 
 /// Elements between the heads' queries in shared memory: apart by half of all banks, so that two rows are read at once.
-constexpr int query_pitch(int key_dim) { return key_dim + 32; }
+constexpr int query_pitch(int width) { return width + 32; }
+
+/// Floats between the heads' logits: even, so that two neighbours are stored at once.
+constexpr int logit_stride(int slots) { return (slots + 3) / 4 * 4; }
+
+/// The width of the streams that rows of these shapes go through: what a lane's loads are laid out for.
+constexpr int stream_width(int key_dim, int value_dim) { return key_dim > 64 || value_dim > 64 ? 128 : 64; }
 
 /// Whether rows of these shapes go over tensor cores (stream_attention.cuh).
 constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
@@ -25,10 +31,10 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + (team_warps + 3) * group * 4 + group * 8 + 16;
+  int bytes = group * value_dim * 4 + (team_warps + 3) * group * 4 + 16;
   if (streamed)
-    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) + 3 * key_dim * 2 +
-             stream_heads * query_pitch(key_dim) * 2;
+    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) +
+             (4 + stream_heads) * query_pitch(stream_width(key_dim, value_dim)) * 2;
   return (bytes + 15) / 16 * 16;
 }
 

@@ -1,77 +1,8 @@
-// Tiles of 16-bit elements in shared memory and the warp-wide tensor core product m16n8k16 on them (sm_80 and later).
+// Tiles of 16-bit elements in shared memory, as matrices for tensor cores (sm_80 and later).
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "kernels/tensor_words.cuh"
 
 namespace kv::blocks {
-
-/// A float in two 16-bit words: 16 (bfloat16) or 22 (float16) bits of it, relative error of the sum of both about 1e-5 or
-/// better. Probabilities are scaled by 2^shift first, so that what float16 cannot hold is below 2^-38 of the largest.
-template <class Element>
-struct Words;
-
-template <>
-struct Words<__nv_bfloat16> {
-  static constexpr float shift = 0;
-
-  static __device__ uint32_t pack(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
-  /// The high words are cut off, not rounded: then the rest is exact before its own rounding.
-  static __device__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-    const uint32_t x_bits = __float_as_uint(x), y_bits = __float_as_uint(y);
-    high = __byte_perm(x_bits, y_bits, 0x7632);
-    low = pack(x - __uint_as_float(x_bits & 0xffff0000u), y - __uint_as_float(y_bits & 0xffff0000u));
-  }
-  static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-template <>
-struct Words<__half> {
-  static constexpr float shift = 14;
-
-  static __device__ uint32_t pack(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
-  static __device__ void split(float x, float y, uint32_t& high, uint32_t& low) {
-    const __half2 rounded = __floats2half2_rn(x, y);
-    high = *reinterpret_cast<const uint32_t*>(&rounded);
-    const float2 back = __half22float2(rounded);
-    low = pack(x - back.x, y - back.y);
-  }
-  static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-/// Starts copying 16 bytes to shared memory; all zero unless `real`.
-__device__ inline void copy_16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_4(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
-}
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits until at most `pending` of the thread's last groups of copies are under way.
-template <int pending>
-__device__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
 
 /// Byte offset of 8 elements of a row in a tile of D elements a row. Chunks of a row are exchanged so that 8 rows' equal
 /// chunks lie in different banks.

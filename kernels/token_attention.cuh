@@ -8,11 +8,10 @@ namespace kv {
 /// Where a row's results are, in shared memory; and what a stream needs there.
 struct RowMemory {
   StreamMemory stream;
-  float* output;         // [group][value_dim]
-  float* weight;         // [team_warps + 1][group] what every warp's part counts in the output; the last: the newest slot
-  double* lse;           // [group] log-sum-exps
-  float* log_sum;        // [group] the same in float32
-  float* newest;         // [group] logits of the newest slot, with bias
+  float* output;   // [group][value_dim]
+  float* weight;   // [team_warps + 1][group] what every warp's part counts in the output; the last: the newest slot
+  float* log_sum;  // [group] log-sum-exps
+  float* newest;   // [group] logits of the newest slot, with bias
   float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
 };
 
@@ -26,12 +25,13 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
   };
   if (streamed) {
     row.stream.ring = reinterpret_cast<uint4*>(take(team_warps * stream_ring_bytes));
-    row.stream.probe = reinterpret_cast<unsigned*>(take(3 * key_dim * 2));
-    row.stream.queries = reinterpret_cast<std::uint16_t*>(take(stream_heads * query_pitch(key_dim) * 2));
+    row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(stream_width(key_dim, value_dim)) * 2));
+    row.stream.queries =
+        reinterpret_cast<std::uint16_t*>(take(stream_heads * query_pitch(stream_width(key_dim, value_dim)) * 2));
     row.stream.partial = reinterpret_cast<float*>(take(team_warps * group * stream_pitch(value_dim) * 4));
-    row.stream.parts = reinterpret_cast<SoftmaxPart*>(take(team_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
+    row.stream.parts =
+        reinterpret_cast<SoftmaxPart*>(take(team_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
   }
-  row.lse = reinterpret_cast<double*>(take(group * 8));
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
   row.weight = reinterpret_cast<float*>(take((team_warps + 1) * group * 4));
   row.newest = reinterpret_cast<float*>(take(group * 4));
@@ -55,7 +55,8 @@ __device__ inline float warp_dot(const void* a, long a_row, const void* b, long 
 }
 
 /// Logits of one slot for heads first_head, first_head + step, ... of the group, by one warp; with bias in newest[g].
-__device__ inline void slot_logits(const RowLook& look, Dtype elements, int slot, int first_head, int step, float* newest) {
+__device__ inline void slot_logits(const RowLook& look, Dtype elements, int slot, int first_head, int step,
+                                   float* newest) {
   for (int g = first_head; g < look.group; g += step) {
     const float dot = warp_dot(look.query, g * look.query_stride, look.keys, static_cast<long>(slot) * look.key_dim,
                                look.key_dim, elements);
@@ -83,23 +84,23 @@ struct TokenAttention {
 
   /// `here`: inlined where it is called, in bfloat16.
   template <bool here>
-  __device__ __forceinline__ void streamed(const RowLook& look, const RowMemory& memory, bool resume, bool next) const {
+  __device__ __forceinline__ void streamed(const RowLook& look, const RowMemory& memory, bool probing, bool resume,
+                                           bool next) const {
     const bool half = elements == Dtype::float16;
-    if (look.probe_vector) {
-      half ? split_probe<true>(look.probe_vector, look.key_dim, memory.stream.probe)
-           : split_probe<false>(look.probe_vector, look.key_dim, memory.stream.probe);
+    if (probing) {
+      half ? split_probe<__half>(look, memory.stream.probe) : split_probe<__nv_bfloat16>(look, memory.stream.probe);
     }
     stage_queries(look, memory.stream.queries);
     __syncthreads();
-    const bool wide = look.key_dim > 64 || look.value_dim > 64;
+    const bool wide = stream_width(look.key_dim, look.value_dim) > 64;
     if (half && wide)
-      stream_row<true, 128>(look, memory.stream, resume, next);
+      stream_row<__half, 128>(look, memory.stream, resume, next);
     else if (half)
-      stream_row<true, 64>(look, memory.stream, resume, next);
+      stream_row<__half, 64>(look, memory.stream, resume, next);
     else if (wide)
-      stream<here, 128>(look, memory.stream, resume, next);
+      stream<here, 128>(look, memory.stream, probing, resume, next);
     else
-      stream<here, 64>(look, memory.stream, resume, next);
+      stream<here, 64>(look, memory.stream, probing, resume, next);
     newest_slot(look, memory);
     __syncthreads();
     weigh_parts(look, memory);
@@ -123,12 +124,13 @@ struct TokenAttention {
       const float base = most == -INFINITY ? 0.f : most;
       const float sum = team.sum(n, [&](int s) { return p[s] = exp2f((x(s) - base) * log2_e); }) +
                         (sink ? exp2f((sink[g] - base) * log2_e) : 0.f);
-      if (threadIdx.x == 0) memory.lse[g] = lse_of(base, sum), memory.log_sum[g] = static_cast<float>(memory.lse[g]);
+      if (threadIdx.x == 0) memory.log_sum[g] = sum > 0 ? base + logf(sum) : -INFINITY;
       const float share = sum > 0 ? 1 / sum : 0.f;
       for (int c = static_cast<int>(threadIdx.x); c < look.value_dim; c += team_threads) {
         float o = 0;
         for (int s = 0; s < n; ++s)
-          o = __fmaf_rn(p[s] * share, load_element(look.values, elements, static_cast<long>(s) * look.value_dim + c), o);
+          o = __fmaf_rn(p[s] * share, load_element(look.values, elements, static_cast<long>(s) * look.value_dim + c),
+                        o);
         memory.output[g * look.value_dim + c] = o;
       }
     }
@@ -137,15 +139,14 @@ struct TokenAttention {
 
  private:
   template <bool here, int width>
-  __device__ __forceinline__ static void stream(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
-    if constexpr (here)
-      stream_here<false, width>(look, memory, resume, next);
+  __device__ __forceinline__ static void stream(const RowLook& look, const StreamMemory& memory, bool probing,
+                                                bool resume, bool next) {
+    if constexpr (!here)
+      stream_row<__nv_bfloat16, width>(look, memory, resume, next);
+    else if (probing)
+      stream_here<__nv_bfloat16, width, true>(look, memory, resume, next);
     else
-      stream_row<false, width>(look, memory, resume, next);
-  }
-
-  __device__ static double lse_of(float base, float sum) {
-    return sum > 0 ? static_cast<double>(base) + log(static_cast<double>(sum)) : -static_cast<double>(INFINITY);
+      stream_here<__nv_bfloat16, width, false>(look, memory, resume, next);
   }
 
   __device__ void probe_slot(const RowLook& look, int slot) const {
@@ -155,27 +156,33 @@ struct TokenAttention {
   }
 
   __device__ void newest_slot(const RowLook& look, const RowMemory& memory) const {
-    const int warp = static_cast<int>(threadIdx.x / 32);  // a head a warp, from the last warp on: the first have more tiles
+    const int warp =
+        static_cast<int>(threadIdx.x / 32);  // a head a warp, from the last warp on: the first have more tiles
     detail::slot_logits(look, elements, look.slots, team_warps - 1 - warp, team_warps, memory.newest);
     if (look.probe_vector && warp == 0) probe_slot(look, look.slots);
   }
 
-  /// Log-sum-exp of a head, and what each warp's part counts: one thread a head.
+  /// Log-sum-exp of a head, and what each warp's part counts: a warp a head, a lane a part. In units of log 2.
   __device__ void weigh_parts(const RowLook& look, const RowMemory& memory) const {
-    for (int g = static_cast<int>(threadIdx.x); g < look.group; g += team_threads) {
-      const auto part = [&](int w) { return memory.stream.parts[w * look.group + g]; };
-      float most = memory.newest[g];
-      for (int w = 0; w < team_warps; ++w) most = fmaxf(most, part(w).most);
-      if (sink) most = fmaxf(most, sink[g]);
-      const float base = most == -INFINITY ? 0.f : most;
-      const auto share = [&](float x) { return exp2f((x - base) * log2_e); };
-      float sum = share(memory.newest[g]);
-      for (int w = 0; w < team_warps; ++w) sum += share(part(w).most) * part(w).sum;
-      if (sink) sum += share(sink[g]);
-      const float one = sum > 0 ? 1 / sum : 0.f;
-      for (int w = 0; w < team_warps; ++w) memory.weight[w * look.group + g] = share(part(w).most) * one;
-      memory.weight[team_warps * look.group + g] = share(memory.newest[g]) * one;
-      memory.lse[g] = lse_of(base, sum), memory.log_sum[g] = static_cast<float>(memory.lse[g]);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    static_assert(team_warps + 2 <= 16);
+    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
+      float most = -INFINITY, sum = 0;
+      if (lane < team_warps)
+        most = memory.stream.parts[lane * look.group + g].most, sum = memory.stream.parts[lane * look.group + g].sum;
+      else if (lane == team_warps)
+        most = memory.newest[g] * log2_e, sum = 1;
+      else if (lane == team_warps + 1 && sink)
+        most = sink[g] * log2_e, sum = 1;
+      float base = most;
+      for (int k = 8; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
+      base = __shfl_sync(~0u, base, 0);
+      const float share = base == -INFINITY ? 0.f : exp2_fast(most - base);
+      float all = share * sum;
+      for (int k = 8; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
+      all = __shfl_sync(~0u, all, 0);
+      if (lane <= team_warps) memory.weight[lane * look.group + g] = all > 0 ? share / all : 0.f;
+      if (lane == 0) memory.log_sum[g] = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
     }
   }
 

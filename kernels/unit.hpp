@@ -18,24 +18,24 @@ struct TraceData {
   Dtype elements = Dtype::bfloat16;  // what rows are stored as: dtype, or float32 where rotated keys need it
   float scale = 1, softcap = 0;
   double attention_scaling = 1;
-  int pairs = 0;            // rotated channel pairs
-  bool half_style = true;   // pairs (i, i + pairs) or (2i, 2i + 1)
+  int pairs = 0;                  // rotated channel pairs
+  bool half_style = true;         // pairs (i, i + pairs) or (2i, 2i + 1)
   const int* position = nullptr;  // [tokens]
 };
 
 /// One layer's tensors, as elements.
 struct LayerData {
-  const void *q = nullptr, *k = nullptr, *v = nullptr;     // [query_heads][query_rows][key_dim], [kv_heads][tokens][...]
-  const void *q_rotated = nullptr, *k_rotated = nullptr;   // at their own positions
-  const float *cos = nullptr, *sin = nullptr;              // [tokens][pairs] rotations to positions 0, 1, 2, ...
-  const float* inv_freq = nullptr;                         // [pairs]
-  const int* row_of_token = nullptr;                       // [tokens] row in q, -1 = not recorded
-  const float* sink_logit = nullptr;                       // [query_heads] or null
-  const float* e = nullptr;                                // [query_heads][query_rows][value_dim] or null
-  const float* norms = nullptr;                            // [kv_heads][tokens] output norms, for policies that ask
-  const float* full_output = nullptr;                      // [kv_heads][measured][group][value_dim]
-  const float* full_lse = nullptr;                         // [kv_heads][measured][group]
-  Dtype rope_step = Dtype::float32;                        // what every product and sum of a rotation is rounded to
+  const void *q = nullptr, *k = nullptr, *v = nullptr;    // [query_heads][query_rows][key_dim], [kv_heads][tokens][...]
+  const void *q_rotated = nullptr, *k_rotated = nullptr;  // at their own positions
+  const float *cos = nullptr, *sin = nullptr;             // [tokens][pairs] rotations to positions 0, 1, 2, ...
+  const float* inv_freq = nullptr;                        // [pairs]
+  const int* row_of_token = nullptr;                      // [tokens] row in q, -1 = not recorded
+  const float* sink_logit = nullptr;                      // [query_heads] or null
+  const float* e = nullptr;                               // [query_heads][query_rows][value_dim] or null
+  const float* norms = nullptr;                           // [kv_heads][tokens] output norms, for policies that ask
+  const float* full_output = nullptr;                     // [kv_heads][measured][group][value_dim]
+  const float* full_lse = nullptr;                        // [kv_heads][measured][group]
+  Dtype rope_step = Dtype::float32;                       // what every product and sum of a rotation is rounded to
   int query_rows = 0, window = 0;
 };
 
@@ -47,7 +47,7 @@ struct Progress {
   int size = 0;      // slots in the cache
   int attended = 0;  // slots that the present queries look at: more than `size` while a block is probed
   int compressions = 0, notes = 0;
-  int queries = 0;   // that query statistics have seen
+  int queries = 0;           // that query statistics have seen
   bool compressing = false;  // takes part in the compression under way
   bool more = false;         // another round of it is needed
   int lost = 0;  // lost_mass cannot come from log-sum-exps alone: positions are not absolute, or something merged
@@ -61,7 +61,7 @@ struct Progress {
 struct Unit {
   HeadInfo info;  // info.budget may change once, by an adaptive allocation
   Protect protect;
-  int point = 0, layer = 0;           // of the launch's points and layers
+  int point = 0, layer = 0;             // of the launch's points and layers
   int first_head = 0, layer_heads = 1;  // units of the same layer and point: they share selections under layer scope
   int capacity = 0;
 
@@ -76,19 +76,19 @@ struct Unit {
   float* probabilities = nullptr;  // the same shape, or [group][tokens], for rows that are not streamed
   float* score_at[2] = {};         // by place; two, so that a fast head does not overwrite what a slow one reads
   std::uint8_t* safety_at[2] = {};
-  float* all_score = nullptr;      // by place: summed over the heads of the layer
+  float* all_score = nullptr;  // by place: summed over the heads of the layer
   std::uint8_t* all_safety = nullptr;
   std::uint8_t* stays = nullptr;
   int* target = nullptr;
   float *similarity = nullptr, *norm = nullptr, *gradient = nullptr, *future = nullptr;
   int* work[5] = {};
-  int* list = nullptr;             // [list_size] victims by target
+  int* list = nullptr;  // [list_size] victims by target
   int list_size = 0;
-  Fold* plans = nullptr;           // by victim
-  FoldTarget* targets = nullptr;   // by kept place
-  int* parent = nullptr;           // [tokens] itself, the token it was folded into, or -2 - now when it was lost
-  int* lost_at = nullptr;          // [tokens] see LostMassTask
-  float* notes = nullptr;          // [tokens]
+  Fold* plans = nullptr;          // by victim
+  FoldTarget* targets = nullptr;  // by kept place
+  int* parent = nullptr;          // [tokens] itself, the token it was folded into, or -2 - now when it was lost
+  int* lost_at = nullptr;         // [tokens] see LostMassTask
+  float* notes = nullptr;         // [tokens]
   double *query_sum = nullptr, *query_outer = nullptr;  // [group][key_dim], [group][key_dim][key_dim]
   float *query_mean = nullptr, *query_covariance = nullptr;
   double* rotation = nullptr;                            // [2][pairs]
@@ -97,15 +97,16 @@ struct Unit {
   const int* every_token = nullptr;                      // 0, 1, 2, ...
   long long* slot_mass = nullptr;                        // [capacity + 1], see measure_mass
   // Block looks: queries at their places, what came of them.
-  void* queries = nullptr;         // [group][block rows][key_dim], unless positions are absolute
-  int* query_row = nullptr;        // [block rows]
-  int* measured_row = nullptr;     // [measured] rows of the measured queries
+  void* queries = nullptr;      // [group][block rows][key_dim], unless positions are absolute
+  int* query_row = nullptr;     // [block rows]
+  int* measured_row = nullptr;  // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
   // Results, [group][measured].
   double *error2 = nullptr, *output2 = nullptr, *cosine = nullptr, *lost_mass = nullptr, *mass_tv = nullptr;
-  float* delta = nullptr;          // [measured][group][value_dim] o' - o, for W_o; or null
-  int* slots_at = nullptr;         // [steps]
-  unsigned* clocks = nullptr;      // [steps][timed_phases], or null
+  double* got2 = nullptr;      // |o'|^2; until `finish`, cosine holds o . o' and lost_mass the log-sum-exp of o'
+  float* delta = nullptr;      // [measured][group][value_dim] o' - o, for W_o; or null
+  int* slots_at = nullptr;     // [steps]
+  unsigned* clocks = nullptr;  // [steps][timed_phases], or null
 };
 
 /// What a launch does with every unit.
@@ -122,7 +123,7 @@ enum class Stage {
   count,     // ends a compression
   future,    // adds the mass that the queries of tokens [first, last) will give, for oracles
   steps,     // tokens that come alone, one after the other
-  finish     // which tokens nothing stands for any more
+  finish     // measures that single queries did not need; which tokens nothing stands for any more
 };
 
 /// Settings that all points of a launch share.

@@ -13,8 +13,9 @@ __global__ void to_elements_kernel(const float* from, void* to, Dtype elements, 
 }
 
 /// The gradients of a probed block: its look, and whose gradients enter.
-__global__ void fill_gradient_tasks_kernel(const Unit* units, const LayerData* layers, TraceData trace, const AttentionTask* tasks,
-                                    int count, int first_token, bool absolute, bool recorded, KeyGradientTask* out) {
+__global__ void fill_gradient_tasks_kernel(const Unit* units, const LayerData* layers, TraceData trace,
+                                           const AttentionTask* tasks, int count, int first_token, bool absolute,
+                                           bool recorded, KeyGradientTask* out) {
   const int u = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (u >= count) return;
   const LayerData& layer = layers[units[u].layer];
@@ -28,7 +29,8 @@ __global__ void fill_gradient_tasks_kernel(const Unit* units, const LayerData* l
 }
 
 /// Gradients by turned keys become those by unturned ones: the transposed rotation, a warp a slot.
-__global__ void turn_gradients_back_kernel(const Unit* units, const LayerData* layers, const Progress* progress, TraceData trace) {
+__global__ void turn_gradients_back_kernel(const Unit* units, const LayerData* layers, const Progress* progress,
+                                           TraceData trace) {
   const Unit& unit = units[blockIdx.x];
   const LayerData& layer = layers[unit.layer];
   const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
@@ -47,8 +49,9 @@ __global__ void turn_gradients_back_kernel(const Unit* units, const LayerData* l
 
 /// Which rows of full attention a unit has to give an account of: those of all its measured queries, if its own
 /// log-sum-exps do not say what is missing.
-__global__ void fill_lost_tasks_kernel(const Unit* units, const Progress* progress, const LayerData* layers, TraceData trace,
-                                const int* measured, int count, int rows, double* masses, LostMassTask* out) {
+__global__ void fill_lost_tasks_kernel(const Unit* units, const Progress* progress, const LayerData* layers,
+                                       TraceData trace, const int* measured, int count, int rows, double* masses,
+                                       LostMassTask* out) {
   const int u = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (u >= count) return;
   const Unit& unit = units[u];
@@ -58,7 +61,8 @@ __global__ void fill_lost_tasks_kernel(const Unit* units, const Progress* progre
   AttentionTask& a = task.attention;
   a.keys = static_cast<const char*>(layer.k_rotated) + head * trace.tokens * trace.key_dim * element;
   a.values = layer.v, a.token = unit.every_token, a.slots = trace.tokens, a.window = layer.window;
-  a.queries = static_cast<const char*>(layer.q_rotated) + head * trace.group * layer.query_rows * trace.key_dim * element;
+  a.queries =
+      static_cast<const char*>(layer.q_rotated) + head * trace.group * layer.query_rows * trace.key_dim * element;
   a.query_stride = layer.query_rows, a.query_token = measured;
   for (int r = 0; r < rows; ++r) unit.measured_row[r] = layer.row_of_token[measured[r]];
   a.query_row = unit.measured_row;
@@ -69,7 +73,8 @@ __global__ void fill_lost_tasks_kernel(const Unit* units, const Progress* progre
   out[u] = task;
 }
 
-__global__ void store_lost_masses_kernel(const Unit* units, const Progress* progress, const double* masses, int rows, int group) {
+__global__ void store_lost_masses_kernel(const Unit* units, const Progress* progress, const double* masses, int rows,
+                                         int group) {
   const Unit& unit = units[blockIdx.x];
   if (!progress[blockIdx.x].lost) return;
   const double* mine = masses + static_cast<long>(blockIdx.x) * rows * group;
@@ -78,8 +83,8 @@ __global__ void store_lost_masses_kernel(const Unit* units, const Progress* prog
 }
 
 constexpr int wo_rows = 4, wo_warps = 8;  // rows and warps of a block
-__global__ void squared_after_wo_kernel(const float* wo, const float* x, int hidden, int kv_heads, int rows, int group_width,
-                                 double* out) {
+__global__ void squared_after_wo_kernel(const float* wo, const float* x, int hidden, int kv_heads, int rows,
+                                        int group_width, double* out) {
   const int width = kv_heads * group_width, lane = static_cast<int>(threadIdx.x % 32);
   const int first = static_cast<int>(blockIdx.x) * wo_rows, here = min(wo_rows, rows - first);
   __shared__ double sums[wo_warps][wo_rows];
@@ -107,7 +112,8 @@ __global__ void squared_after_wo_kernel(const float* wo, const float* x, int hid
 }
 
 /// Final caches one behind the other, by position.
-__global__ void gather_final_kernel(const Unit* units, const Progress* progress, const int* offsets, int* position, int* multiplicity) {
+__global__ void gather_final_kernel(const Unit* units, const Progress* progress, const int* offsets, int* position,
+                                    int* multiplicity) {
   const Unit& unit = units[blockIdx.x];
   for (int i = static_cast<int>(threadIdx.x); i < progress[blockIdx.x].size; i += static_cast<int>(blockDim.x)) {
     const int slot = unit.order[i];
@@ -126,7 +132,7 @@ void to_elements(const float* from, void* to, Dtype elements, std::size_t count,
 void fill_gradient_tasks(const UnitSpan& s, const AttentionTask* looks, int first_token, bool absolute, bool recorded,
                          KeyGradientTask* tasks, cudaStream_t stream) {
   fill_gradient_tasks_kernel<<<(s.count + 127) / 128, 128, 0, stream>>>(s.units, s.layers, s.trace, looks, s.count,
-                                                                       first_token, absolute, recorded, tasks);
+                                                                        first_token, absolute, recorded, tasks);
   KV_CUDA_TRY(cudaGetLastError());
 }
 
@@ -137,8 +143,8 @@ void turn_gradients_back(const UnitSpan& s, cudaStream_t stream) {
 
 void fill_lost_tasks(const UnitSpan& s, const int* measured, int rows, double* masses, LostMassTask* tasks,
                      cudaStream_t stream) {
-  fill_lost_tasks_kernel<<<(s.count + 63) / 64, 64, 0, stream>>>(s.units, s.progress, s.layers, s.trace, measured, s.count,
-                                                                rows, masses, tasks);
+  fill_lost_tasks_kernel<<<(s.count + 63) / 64, 64, 0, stream>>>(s.units, s.progress, s.layers, s.trace, measured,
+                                                                 s.count, rows, masses, tasks);
   KV_CUDA_TRY(cudaGetLastError());
 }
 
@@ -150,7 +156,7 @@ void store_lost_masses(const UnitSpan& s, const double* masses, int rows, cudaSt
 void squared_after_wo(const float* wo, const float* x, int hidden, int kv_heads, int rows, int group_width, double* out,
                       cudaStream_t stream) {
   squared_after_wo_kernel<<<(rows + wo_rows - 1) / wo_rows, wo_warps * 32, 0, stream>>>(wo, x, hidden, kv_heads, rows,
-                                                                                      group_width, out);
+                                                                                        group_width, out);
   KV_CUDA_TRY(cudaGetLastError());
 }
 

@@ -21,8 +21,8 @@ struct UnitSpan {
 
 /// The tasks of a probed block's key gradients: its look, and whose output gradients enter (`recorded`, or the outputs
 /// themselves). `first_token` is the block's.
-void fill_gradient_tasks(const UnitSpan& span, const AttentionTask* looks, int first_token, bool absolute, bool recorded,
-                         KeyGradientTask* tasks, cudaStream_t stream);
+void fill_gradient_tasks(const UnitSpan& span, const AttentionTask* looks, int first_token, bool absolute,
+                         bool recorded, KeyGradientTask* tasks, cudaStream_t stream);
 
 /// Gradients by turned keys become those by unturned ones: the transposed rotation.
 void turn_gradients_back(const UnitSpan& span, cudaStream_t stream);

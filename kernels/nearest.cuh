@@ -1,0 +1,81 @@
+// Each victim's most similar kept slot: HeadReplay::find_nearest by a thread block.
+#pragma once
+#include "kernels/play.cuh"
+#include "policies/policy.hpp"
+
+namespace kv {
+
+namespace detail {
+/// By one thread, in RowTeam's order. Called from several places, inlined in none: unrolled it is long.
+__device__ __noinline__ inline float row_dot(DeviceRow a, DeviceRow b) { return RowTeam{}.dot(a, b); }
+}  // namespace detail
+
+/// Every victim's most similar kept slot that receives: target[slot] and similarity[slot], of equals the older. Gives a
+/// barrier.
+template <class Player, class Head>
+__device__ __noinline__ void find_nearest(Player& player, Head& head) {
+  const Unit& unit = player.unit;
+  const BlockTeam team = player.team;
+  const int n = player.size;
+  const bool cosine = player.traits().nearest == Nearest::cosine;
+  int* receiving = unit.work[2];  // slots in token order
+  float* norm = unit.norm;        // by slot
+  team.for_each(n, [&](int s) {
+    const float length = cosine ? std::sqrt(detail::row_dot(head.key(s), head.key(s))) : 1.f;
+    norm[s] = length > 0 ? length : 1.f;
+    unit.similarity[s] = 0;
+  });
+  __syncthreads();
+  const auto receives = [&](int i) {
+    const int slot = unit.order[i];
+    if (!unit.stays[slot]) return false;
+    if constexpr (detail::declares_receives<typename Player::PolicyType>)
+      return player.policy.receives(player.view(slot));
+    else
+      return true;
+  };
+  const int receivers = team.number(n, receives, [&](int i, int before) {
+    if (receives(i)) receiving[before] = unit.order[i];
+  });
+  __syncthreads();
+  if (receivers == 0) return;
+  const auto nearest_of = [&](int victim, int first, int step,
+                              float& best) {  // among receivers first, first + step, ...
+    int at = -1;
+    for (int i = first; i < receivers; i += step) {
+      const int slot = receiving[i];
+      const float dot = detail::row_dot(head.key(victim), head.key(slot)) / (norm[victim] * norm[slot]);
+      if (at < 0 || dot > best) best = dot, at = i;
+    }
+    return at;
+  };
+  const auto keep = [&](int victim, int at, float best) {
+    unit.target[victim] = receiving[at];
+    unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
+  };
+  const int gone = team.count(n, [&](int i) { return unit.stays[unit.order[i]] == 0; });
+  if (gone >= team_threads) {  // a victim a thread
+    team.for_each(n, [&](int i) {
+      const int victim = unit.order[i];
+      if (unit.stays[victim]) return;
+      float best = 0;
+      const int at = nearest_of(victim, 0, 1, best);
+      keep(victim, at, best);
+    });
+    __syncthreads();
+    return;
+  }
+  for (int i = 0; i < n; ++i) {  // all threads on a victim
+    const int victim = unit.order[i];
+    if (unit.stays[victim]) continue;
+    float best = 0;
+    const int at = nearest_of(victim, static_cast<int>(threadIdx.x), team_threads, best);
+    const unsigned long long key =
+        at < 0 ? ~0ull : static_cast<unsigned long long>(~Cut::key_of(best)) << 32 | static_cast<unsigned>(at);
+    const unsigned long long least = team.min_key(key);
+    if (key == least) keep(victim, at, best);
+    __syncthreads();
+  }
+}
+
+}  // namespace kv
