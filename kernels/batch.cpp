@@ -38,13 +38,9 @@ Launch Batch::stage(Stage what, const BlockRange& block) const {
   Launch launch;
   launch.units = device_units_.data(), launch.progress = progress_.data(), launch.layers = device_layers_.data();
   launch.trace = trace_.data;
-  launch.settings = {plan_.settings.positions,
-                     plan_.settings.compress,
-                     plan_.settings.mass,
-                     plan_.settings.allocation.kind == Allocation::Kind::adaptive,
-                     static_cast<int>(plan_.settings.measured.size()),
-                     measured_.data(),
-                     measured_of_token_.data()};
+  launch.settings = {plan_.settings.positions, plan_.settings.compress,
+                     plan_.settings.mass,      static_cast<int>(plan_.settings.measured.size()),
+                     measured_.data(),         measured_of_token_.data()};
   launch.unit_count = static_cast<int>(units_.size());
   launch.stage = what, launch.phase = block.phase;
   launch.first = block.first, launch.last = block.last, launch.block = block.index;
@@ -85,8 +81,9 @@ void Batch::look(Launch launch, const std::vector<int>& rows, bool outputs, bool
   if (timing_ != Timing::none) prompt_timers_.back()->stop(stream_);
 }
 
-void Batch::probe(const BlockRange& block) {
+void Batch::probe(const BlockRange& block, bool first_round) {
   Launch launch = stage(Stage::place, block);
+  launch.first_round = first_round;
   play(launch, TimedPhase::observe);
   launch.probing = true;
   const bool wants_gradient = plan_.traits.key_gradient != KeyGradient::none;
@@ -133,8 +130,9 @@ void Batch::take(const BlockRange& block) {
 
 bool Batch::may_be_due(const BlockRange& block) const {
   if (!plan_.traits.compresses) return false;
-  if (block.phase == Phase::prompt) return slots_bound_ > plan_.smallest_budget || !plan_.traits.needs_budget();
-  return plan_.settings.compress == Compress::always && slots_bound_ > plan_.smallest_budget &&
+  const int budget = allocated_ ? 0 : plan_.smallest_budget;  // an allocation may leave a head with next to nothing
+  if (block.phase == Phase::prompt) return slots_bound_ > budget || !plan_.traits.needs_budget();
+  return plan_.settings.compress == Compress::always && slots_bound_ > budget &&
          (block.first - trace_.data.prompt_tokens + 1) % plan_.traits.interval == 0;
 }
 
@@ -153,23 +151,23 @@ void Batch::compress(const BlockRange& block, bool probes) {
   const bool frozen = traits.window_once && block.phase == Phase::decode && compressions_ > 0;
   Launch launch = stage(Stage::score, block);
   launch.probing = probes;
-  if (traits.observation_window > 0 && !frozen) {
-    Launch window = launch;
-    window.window = true;
-    const std::vector<int> rows = tokens_between(std::max(0, block.last - traits.observation_window), block.last);
-    if (traits.window_past) window.newest_key = rows.front() - 1;
-    look(window, rows, false, true, TimedPhase::observe);
-    window_rows = static_cast<int>(rows.size());
-  }
-  launch.row_count = window_rows;
   for (launch.first_round = true;; launch.first_round = false) {
+    if (traits.observation_window > 0 && !frozen) {
+      Launch window = launch;
+      window.window = true;
+      const std::vector<int> rows = tokens_between(std::max(0, block.last - traits.observation_window), block.last);
+      if (traits.window_past) window.newest_key = rows.front() - 1;
+      look(window, rows, false, true, TimedPhase::observe);
+      window_rows = static_cast<int>(rows.size());
+    }
+    launch.row_count = window_rows;
     launch.stage = Stage::score;
     play(launch, TimedPhase::score);
-    if (launch.settings.adaptive && !allocated_) allocate();
+    if (plan_.settings.allocation.kind == Allocation::Kind::adaptive && !allocated_) allocate();
     launch.stage = Stage::compress;
     play(launch, TimedPhase::compact);
     if (!any_more()) break;
-    if (probes) probe(block);
+    if (probes) probe(block, false);
   }
   launch.stage = Stage::count;
   program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
@@ -268,7 +266,7 @@ void Batch::run(cudaStream_t stream) {
     const BlockRange& block = blocks[i++];
     if (probes && block.phase == Phase::prompt && block.first > 0) {
       const bool due = may_be_due(block);
-      if (due || plan_.traits.probe == Probe::always) probe(block);
+      if (due || plan_.traits.probe == Probe::always) probe(block, true);
       if (due) compress(block, true);
     }
     take(block);

@@ -86,7 +86,7 @@ class Batch {
   Launch stage(Stage what, const BlockRange& block) const;
   void play(const Launch& launch, TimedPhase phase);
   void look(Launch launch, const std::vector<int>& rows, bool outputs, bool sums, TimedPhase phase);
-  void probe(const BlockRange& block);
+  void probe(const BlockRange& block, bool first_round);
   void gradients(const Launch& launch, const std::vector<int>& rows);
   void take(const BlockRange& block);
   void compress(const BlockRange& block, bool probes);

@@ -108,7 +108,7 @@ BatchPlan::BatchPlan(const TraceHeader& header, const std::vector<DevicePoint>& 
     for (const int budget : budgets_of(header, point.policy->traits(), *point.settings)) {
       smallest_budget = std::min(smallest_budget, budget), largest_budget = std::max(largest_budget, budget);
     }
-  if (settings.allocation.kind == Allocation::Kind::adaptive) smallest_budget = 0, largest_budget = header.tokens;
+  if (settings.allocation.kind == Allocation::Kind::adaptive) largest_budget = header.tokens;
   if (!traits.needs_budget()) smallest_budget = 0, largest_budget = header.tokens;
 }
 

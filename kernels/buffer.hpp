@@ -13,8 +13,9 @@ namespace kv {
 
 /// Throws CudaError naming the call and its place.
 inline void cuda_try(cudaError_t status, const char* call, const char* file, int line) {
-  if (status != cudaSuccess)
-    throw CudaError(std::string(file) + ":" + std::to_string(line) + ": " + call + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // told now: the next call must not meet it again
+  throw CudaError(std::string(file) + ":" + std::to_string(line) + ": " + call + ": " + cudaGetErrorString(status));
 }
 #define KV_CUDA_TRY(call) ::kv::cuda_try(call, #call, __FILE__, __LINE__)
 

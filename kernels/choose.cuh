@@ -13,6 +13,13 @@ __device__ inline std::uint8_t safety_of(const Protect& protect, int now, float 
   return score == kv::protect || now - token < protect.recent ? safety_protected : safety_normal;
 }
 
+/// A score that can be compared: NaN is the unit's error, and 0 from then on, so that every selection comes to an end.
+__device__ inline float checked_score(Fixed& fixed, float score, int slot, int token) {
+  if (!isnan(score)) return score;
+  Play(fixed).fail(UnitError::nan_score, slot, token);
+  return 0;
+}
+
 /// One head's candidates, or those of all heads of a layer together.
 struct DeviceCandidates {
   const float* score;
@@ -25,8 +32,7 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
   const Unit& unit = fixed.unit;
   BlockTeam{&fixed.team}.for_each(size, [&](int i) {
     const int slot = unit.order[i], token = unit.token[slot];
-    const float score = unit.score[slot];
-    if (isnan(score)) Play(fixed).fail(UnitError::nan_score, slot, token);
+    const float score = checked_score(fixed, unit.score[slot], slot, token);
     std::uint8_t safety = safety_of(unit.protect, now, score, token);
     if (links && safety == safety_normal && i + 1 < size && now - unit.token[unit.order[i + 1]] < unit.protect.recent)
       safety = safety_protected;

@@ -195,6 +195,7 @@ __global__ __launch_bounds__(column_threads, 4) void column_kernel(AttentionShap
   if (first >= task.slots) return;
   RowRange range{0, 0};
   if (task.rows > 0) range = rows_that_see(task, first, run);
+  range.begin = range.begin / 8 * 8;  // a row meets the same lane whatever slots go along: the same bits in any launch
   const int padded = (range.end - range.begin + 7) / 8 * 8;
   const ColumnWork work{shape, rule, task, plan, {range, first_head, min(plan.heads, group - first_head), padded},
                         first};

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 
 #include "kernels/batch.hpp"
@@ -70,6 +71,7 @@ class DeviceRun {
   }
 
   void run() {
+    if (points_.empty()) return;
     make_groups();
     const int layers = static_cast<int>(header_.layers.size()), at_once = layers_at_once();
     for (int first = 0; first < layers && !outbox_.stopped(); first += at_once) {
@@ -83,8 +85,6 @@ class DeviceRun {
       finish_wave(first, last == layers);
     }
   }
-
-  std::vector<PointState>& points() { return points_; }
 
  private:
   struct Underway {
@@ -153,7 +153,7 @@ class DeviceRun {
       if (points.empty()) continue;
       const std::size_t bytes = one * points.size();
       if (underway_.size() == wave || (!underway_.empty() && used_ + bytes > room)) finish_wave(first_layer, last);
-      start(group, points, bytes, first_layer);
+      start(group, points, bytes, first_layer, last);
     }
   }
 
@@ -164,7 +164,8 @@ class DeviceRun {
     return all;
   }
 
-  void start(Group& group, const std::vector<PointState*>& points, std::size_t bytes, int first_layer) {
+  /// One batch. When memory is short after all, what is under way ends first, then halves are tried.
+  void start(Group& group, const std::vector<PointState*>& points, std::size_t bytes, int first_layer, bool last) {
     const cudaStream_t stream = streams_[underway_.size()]->id;
     try {
       auto batch = std::make_unique<Batch>(trace_, header_, group.plan, device_points(points),
@@ -173,6 +174,17 @@ class DeviceRun {
       batch->run(stream);
       underway_.push_back({std::move(batch), &group, points, bytes, begin});
       used_ += bytes;
+    } catch (const CudaError&) {
+      const std::exception_ptr error = std::current_exception();
+      const bool alone = underway_.empty();
+      finish_wave(first_layer, last);
+      if (alone && points.size() == 1) {
+        points.front()->error = error;
+        return;
+      }
+      const auto middle = points.begin() + static_cast<std::ptrdiff_t>(points.size() / 2);
+      for (const auto& half : {std::vector(points.begin(), middle), std::vector(middle, points.end())})
+        if (!half.empty()) start(group, half, bytes / 2, first_layer, last);
     } catch (const std::exception&) {
       for (PointState* state : points) state->error = std::current_exception();
     }
@@ -187,7 +199,7 @@ class DeviceRun {
     for (Underway& run : done) {
       run.batch.reset();
       for (PointState* state : run.points)
-        if (!state->error) time_point(*run.group, *state, first_layer);
+        if (!state->error && !outbox_.stopped()) time_point(*run.group, *state, first_layer);
     }
     for (PointState& state : points_)
       if (state.error && !handed_.contains(state.index)) hand_out(state);
@@ -218,9 +230,12 @@ class DeviceRun {
     const auto repeats = static_cast<std::size_t>(state.point.settings->timing_repeats);
     if (repeats == 0) return;
     const cudaStream_t stream = streams_.front()->id;
+    ReplaySettings settings = *state.point.settings;
+    settings.mass = false;  // nothing is measured that the policy does not need
+    const DevicePoint point{state.point.entry, state.point.policy, &settings};
     try {
-      const BatchPlan plan(header_, {state.point});
-      Batch batch(trace_, header_, plan, {state.point}, layers_for(group, stream), first_layer, Timing::phases);
+      const BatchPlan plan(header_, {point});
+      Batch batch(trace_, header_, plan, {point}, layers_for(group, stream), first_layer, Timing::phases);
       state.times.resize(repeats);
       for (BatchTimes& times : state.times) {
         batch.run(stream);
@@ -244,7 +259,7 @@ class DeviceRun {
   }
 
   void hand_out(PointState& state) {
-    handed_.insert({state.index, true});
+    handed_.insert(state.index);
     DeviceOutcome outcome;
     outcome.error = state.error, outcome.seconds = state.seconds;
     if (!state.error) {
@@ -281,7 +296,7 @@ class DeviceRun {
   std::vector<std::unique_ptr<DeviceLayer>> layers_;
   std::vector<std::unique_ptr<Stream>> streams_;
   std::vector<Underway> underway_;
-  std::map<std::size_t, bool> handed_;
+  std::set<std::size_t> handed_;
 };
 
 /// A device's thread: whatever goes wrong becomes the error of every point that has no outcome yet.
@@ -356,12 +371,19 @@ void replay_on_device(Session& session, std::span<const DevicePoint> points, con
   for (std::size_t d = 0; d < shares.size(); ++d)
     threads.emplace_back(work, static_cast<int>(d), std::ref(shared), std::move(shares[d]), std::cref(options),
                          std::ref(outbox));
+  std::exception_ptr thrown;  // by the caller's function: told when all devices have come to rest
   while (auto outcome = outbox.take(threads.size())) {
-    if (told[outcome->first]) continue;
+    if (told[outcome->first] || thrown) continue;
     told[outcome->first] = true;
-    if (!finished(outcome->first, std::move(outcome->second))) outbox.stop();
+    try {
+      if (!finished(outcome->first, std::move(outcome->second))) outbox.stop();
+    } catch (...) {
+      thrown = std::current_exception();
+      outbox.stop();
+    }
   }
   for (std::thread& thread : threads) thread.join();
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 }  // namespace kv

@@ -29,9 +29,10 @@ __device__ inline bool plan_can_be(const Play& play, const Fold& plan, int victi
   const bool weighted = isfinite(plan.key) && isfinite(plan.value) && isfinite(plan.own_key) &&
                         isfinite(plan.own_value) && isfinite(plan.extra) && plan.spread >= 1;
   if (plan.target != victim && plan.target < play.size && weighted) return true;
-  play.fail(UnitError::bad_plan, victim, plan.target, play.size);
-  play.progress.error_weights[0] = plan.key, play.progress.error_weights[1] = plan.own_key;
-  play.progress.error_weights[2] = plan.value, play.progress.error_weights[3] = plan.own_value;
+  if (play.fail(UnitError::bad_plan, victim, plan.target, play.size)) {
+    play.progress.error_weights[0] = plan.key, play.progress.error_weights[1] = plan.own_key;
+    play.progress.error_weights[2] = plan.value, play.progress.error_weights[3] = plan.own_value;
+  }
   return false;
 }
 
@@ -42,7 +43,7 @@ __device__ inline void keep_note(const Play& play, const Fold& plan) {
 }
 
 /// The sums of one target over its victims victim(0 .. n), not yet adjusted.
-template <class Plan>
+template <bool by_channel, class Plan>
 __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) {
   FoldTarget sum;
   sum.multiplicity = play.unit.multiplicity[target];
@@ -57,7 +58,7 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
     sum.multiplicity += play.unit.multiplicity[victim];
     sum.extra += plan.extra;
     sum.value += plan.value, sum.value_divisor += plan.value;
-    sum.key += plan.key, sum.key_divisor += plan.key;
+    if (!by_channel) sum.key += plan.key, sum.key_divisor += plan.key;
   }
   return sum;
 }
@@ -82,7 +83,7 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
       const long at = static_cast<long>(target) * dim + c;
       own = weight_of(sum, target, c);
       divisor = weight_of(sum, -1, c);
-      if (!isfinite(divisor) || divisor == 0) {
+      if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0)) {
         player.fail(UnitError::bad_divisor, target);
         continue;
       }
@@ -199,7 +200,7 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
     }
   };
   each_target([&](int i, int slot) {
-    FoldTarget sum = detail::sum_of(player, slot, 1, only);
+    FoldTarget sum = detail::sum_of<detail::declares_key_weight<typename Player::PolicyType>>(player, slot, 1, only);
     if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
@@ -220,6 +221,80 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
     ++player.progress.merges;
     player.progress.lost = 1;
   }
+  __syncthreads();
+}
+
+/// The part of fold_many that fills the lists of targets [from, to) (by number among those that stay), writes their rows and
+/// carries state over. start[k] is where k's list begins, `base` of them elsewhere; afterwards where it ends.
+template <class Player, class Head>
+__device__ void fold_range(Player& player, Head& head, const int* going, int gone, int from, int to, int base) {
+  const Unit& unit = player.unit;
+  const BlockTeam team = player.team;
+  const int *kept_place = unit.work[1], *kept_slot = unit.work[2];
+  int *start = unit.work[3], *list = unit.list;
+  const auto first_of = [&](const Fold& plan) { return max(from, kept_place[plan.target]); };
+  const auto end_of = [&](const Fold& plan) { return min(to, kept_place[plan.target] + plan.spread); };
+  const auto each = [&](int i, auto f) {
+    if (i >= gone) return;
+    const Fold& plan = unit.plans[going[i]];
+    if (plan.target < 0) return;
+    for (int k = first_of(plan); k < end_of(plan); ++k) f(k);
+  };
+  for (int first = 0; first < gone; first += team_threads) {  // in token order: by rounds of the team
+    const int i = first + static_cast<int>(threadIdx.x);
+    each(i, [&](int k) {
+      int earlier = 0;  // victims of this round before mine that share the target
+      for (int j = first; j < i; ++j) {
+        const Fold& other = unit.plans[going[j]];
+        if (other.target >= 0 && first_of(other) <= k && k < end_of(other)) ++earlier;
+      }
+      list[start[k] - base + earlier] = going[i];
+    });
+    __syncthreads();
+    team.for_each(team_threads, [&](int j) { each(first + j, [&](int k) { atomicAdd(&start[k], 1); }); });
+    __syncthreads();
+  }
+  const auto members = [&](int k, int& begin) {
+    begin = (k > 0 ? start[k - 1] : 0) - base;
+    return start[k] - base - begin;
+  };
+  const auto plan_at = [&](int begin) {
+    return [&unit, list, begin](int i, int& victim) -> const Fold& {
+      victim = list[begin + i];
+      return unit.plans[victim];
+    };
+  };
+  team.for_each(to - from, [&](int i) {
+    int begin;
+    const int k = from + i, size = members(k, begin);
+    if (size == 0) return;
+    FoldTarget sum = detail::sum_of<detail::declares_key_weight<typename Player::PolicyType>>(player, kept_slot[k],
+                                                                                              size, plan_at(begin));
+    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
+      player.policy.on_target(head, kept_slot[k], sum);
+    unit.targets[k] = sum;
+  });
+  __syncthreads();
+  for (int k = from + static_cast<int>(threadIdx.x / 32); k < to; k += team_warps) {
+    int begin;
+    const int size = members(k, begin);
+    if (size > 0) detail::write_target(player, head, kept_slot[k], size, unit.targets[k], plan_at(begin));
+  }
+  __syncthreads();
+  team.for_each(to - from, [&](int i) {
+    int begin;
+    const int k = from + i, size = members(k, begin), target = kept_slot[k];
+    for (int j = 0; j < size; ++j) {
+      const int victim = list[begin + j];
+      const Fold& plan = unit.plans[victim];
+      if (plan.target != target) continue;  // one of several that it is spread over
+      unit.multiplicity[target] += unit.multiplicity[victim];
+      unit.parent[unit.token[victim]] = unit.token[target];
+      if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
+        player.policy.on_fold(player.state(target), player.state(victim), plan);
+    }
+    if (size > 0) detail::clip_count(player, target, player.traits().clip);
+  });
   __syncthreads();
 }
 
@@ -259,8 +334,8 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
   if (joined == 0) return;
   const auto first_of = [&](const Fold& plan) { return kept_place[plan.target]; };
   const auto end_of = [&](const Fold& plan) { return min(kept, kept_place[plan.target] + plan.spread); };
-  // The victims of every target, in token order: counted, placed, filled in rounds of the team.
-  int *start = unit.work[3], *list = unit.list;
+  // The victims of every target: counted, and their lists laid one behind the other.
+  int* start = unit.work[3];
   team.for_each(kept + 1, [&](int k) { start[k] = 0; });
   __syncthreads();
   const auto each = [&](int i, auto f) {
@@ -279,67 +354,20 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
     if (k < kept) start[k] = total + lower;
     total += sum;
   }
-  if (total > unit.list_size) {  // cannot be: spread is for single victims
-    player.fail(UnitError::bad_plan, going[0], -1, total);
-    return;
-  }
+  if (threadIdx.x == 0) start[kept] = total;
   __syncthreads();
-  for (int first = 0; first < gone; first += team_threads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    each(i, [&](int k) {
-      int earlier = 0;  // victims of this round before mine that share the target
-      for (int j = first; j < i; ++j) {
-        const Fold& other = unit.plans[going[j]];
-        if (other.target >= 0 && first_of(other) <= k && k < end_of(other)) ++earlier;
-      }
-      list[start[k] + earlier] = going[i];
-    });
-    __syncthreads();
-    team.for_each(team_threads, [&](int j) { each(first + j, [&](int k) { atomicAdd(&start[k], 1); }); });
-    __syncthreads();
-  }
-  // start[k] is now the end of k's list.
-  const auto members = [&](int k, int& begin) {
-    begin = k > 0 ? start[k - 1] : 0;
-    return start[k] - begin;
-  };
-  team.for_each(kept, [&](int k) {
-    int begin;
-    const int size = members(k, begin);
-    if (size == 0) return;
-    FoldTarget sum = detail::sum_of(player, kept_slot[k], size, [&](int i, int& victim) -> const Fold& {
-      victim = list[begin + i];
-      return unit.plans[victim];
-    });
-    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-      player.policy.on_target(head, kept_slot[k], sum);
-    unit.targets[k] = sum;
-  });
-  __syncthreads();
-  for (int k = static_cast<int>(threadIdx.x / 32); k < kept; k += team_warps) {
-    int begin;
-    const int size = members(k, begin);
-    if (size == 0) continue;
-    detail::write_target(player, head, kept_slot[k], size, unit.targets[k], [&](int i, int& victim) -> const Fold& {
-      victim = list[begin + i];
-      return unit.plans[victim];
-    });
-  }
-  __syncthreads();
-  team.for_each(kept, [&](int k) {
-    int begin;
-    const int size = members(k, begin), target = kept_slot[k];
-    for (int i = 0; i < size; ++i) {
-      const int victim = list[begin + i];
-      const Fold& plan = unit.plans[victim];
-      if (plan.target != target) continue;  // one of several that it is spread over
-      unit.multiplicity[target] += unit.multiplicity[victim];
-      unit.parent[unit.token[victim]] = unit.token[target];
-      if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
-        player.policy.on_fold(player.state(target), player.state(victim), plan);
+  // As many targets at a time as the list has room for: all of them, unless victims are spread over many.
+  for (int from = 0; from < kept;) {
+    const int base = from > 0 ? start[from - 1] : 0;  // lists of earlier targets have moved on to their ends
+    int to = from + 1, above = kept + 1;
+    while (to + 1 < above) {
+      const int middle = (to + above) / 2;
+      (start[middle] - base <= unit.list_size ? to : above) = middle;
     }
-    if (size > 0) detail::clip_count(player, target, player.traits().clip);
-  });
+    __syncthreads();
+    fold_range(player, head, going, gone, from, to, base);
+    from = to;
+  }
   if (threadIdx.x == 0) player.progress.merges += joined, player.progress.lost = 1;
   player.resume = false;
   __syncthreads();

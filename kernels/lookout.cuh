@@ -5,7 +5,7 @@
 
 namespace kv {
 
-/// Full attention of one token's queries over the trace, in unit.full_logits [group][tokens] and row.lse; the cache's own
+/// Full attention of one token's queries over the trace, in unit.full_logits [group][tokens] and row.log_sum; the cache's own
 /// row is forgotten. Gives a barrier.
 __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   const Unit& unit = play.unit;

@@ -79,9 +79,11 @@ struct Play {
   }
   __device__ int query_head(int g) const { return unit.info.kv_head * trace.group + g; }
 
-  __device__ void fail(UnitError error, int a, int b = 0, int c = 0) const {
-    if (atomicCAS(reinterpret_cast<int*>(&progress.error), 0, static_cast<int>(error)) != 0) return;
+  /// Records what went wrong first; false when something had before.
+  __device__ bool fail(UnitError error, int a, int b = 0, int c = 0) const {
+    if (atomicCAS(reinterpret_cast<int*>(&progress.error), 0, static_cast<int>(error)) != 0) return false;
     progress.error_at[0] = a, progress.error_at[1] = b, progress.error_at[2] = c;
+    return true;
   }
 
   /// A slot's row was written: the next row's prefetched tile may be stale.
@@ -95,7 +97,8 @@ struct Play {
   }
 
   /// Tokens [first, last) as rows of slots [place, ...). State is the caller's.
-  __device__ void append_rows(int first, int last, int place) const {
+  __device__ void append_rows(int first, int last, int place) {
+    if (place < resumed_slots) resume = false;  // a row that may be under way as a tile's is written
     const long from = static_cast<long>(unit.info.kv_head) * trace.tokens + first;
     const int n = last - first, element = bytes_of(trace.elements);
     copy_bytes(const_cast<char*>(at(unit.keys, place, trace.key_dim)),

@@ -156,7 +156,8 @@ struct Player : Play {
     if constexpr (detail::declares_on_append<P>) {
       __syncthreads();
       Head h = head();
-      const bool in_turn = traits().key_probe || traits().value_vector;  // rows add to one vector
+      const bool in_turn =  // rows that may add to what the head has in common
+          traits().key_probe || traits().value_vector || !std::is_empty_v<HeadState>;
       for (int s = before; s < size; ++s)
         if (static_cast<int>(threadIdx.x / 32) == (in_turn ? 0 : s % team_warps)) policy.on_append(WarpRows{}, h, s);
     }
@@ -259,10 +260,13 @@ struct Player : Play {
   static __device__ __noinline__ void score(Player player, int window_rows) {
     player.know_probe();
     Head h = player.head(window_rows);
-    if constexpr (detail::declares_on_compress<P>)
+    if constexpr (detail::declares_on_compress<P>) {
+      player.team.for_each(player.size, [&](int s) { player.unit.score[s] = NAN; });  // a forgotten slot is found out
+      __syncthreads();
       player.policy.on_compress(player.team, h);
-    else
+    } else {
       player.team.for_each(player.size, [&](int s) { player.unit.score[s] = player.score_of(h, s); });
+    }
     __syncthreads();
   }
 

@@ -63,7 +63,7 @@ class Stages {
   __device__ void look() {
     AttentionTask task;
     const bool idle = args_.window && !p_.due(args_.first);
-    const int slots = args_.probing ? p_.progress.attended : p_.size;
+    const int slots = args_.probing && !args_.window ? p_.progress.attended : p_.size;
     if (!idle) {
       task.bias = p_.biases(slots);
       if (!p_.absolute()) {
@@ -88,14 +88,17 @@ class Stages {
     task.rows = idle ? 0 : args_.row_count, task.slots = slots;
     // Slots older than every row come first, in any order. A window's queries may be among them: then every slot is looked
     // at one by one.
-    const bool among = args_.window && args_.row_count > args_.last - args_.first;
+    const bool among = args_.window && (args_.probing || args_.row_count > args_.last - args_.first);
     task.older = among ? slots : slots - (args_.last - args_.first);
     task.window = p_.layer.window, task.newest_key = among ? min(args_.newest_key, 0x7ffffffe) : args_.newest_key;
     args_.tasks[blockIdx.x] = task;
   }
 
+  /// on_probe, of units whose compression the probe is for; every block's, if the policy asks for that.
   __device__ void probe() {
     if constexpr (detail::declares_on_probe<P>) {
+      const bool again = !args_.first_round;
+      if (again ? !p_.progress.more : p_.traits().probe == Probe::due && !p_.due(args_.first)) return;
       auto head = p_.head(args_.row_count);
       p_.policy.on_probe(p_.team, head);
     }
@@ -117,7 +120,12 @@ class Stages {
   __device__ void add_statistics(int first, int last) {
     const FutureQueries asked = p_.traits().future_queries;
     if (asked.horizon > 0) add_queries(p_.fixed, max(first, asked.first), last);
-    if (p_.traits().future_mass && first > 0) future(first, last, -1);  // the first block never came
+    if (!p_.traits().future_mass) return;
+    const int past = p_.progress.past;
+    __syncthreads();
+    if (past < last) future(past, last, -1);  // queries that went by unwatched go along
+    __syncthreads();
+    if (threadIdx.x == 0) p_.progress.past = last;
   }
   __device__ void future(int first, int last, double sign) {
     Play copy = p_;
@@ -135,11 +143,9 @@ class Stages {
     }
     if (!p_.settings.mass) return;
     __syncthreads();
-    const int newest = p_.now;
     for (int r = 0; r < args_.row_count; ++r) {
       const int token = args_.rows[r], m = p_.settings.measured_of_token[token];
       if (m < 0) continue;
-      p_.now = newest;
       const float* bias = p_.biases(p_.size);
       p_.look_at(token, bias);  // rows of the block that come later are hidden
       p_.attend_apart(false);
@@ -181,6 +187,7 @@ class Stages {
     p_.team.for_each(p_.trace.tokens, [&](int t) { p_.unit.future_all[t] = p_.unit.future_left[t] = 0; });
     __syncthreads();
     future(args_.first, args_.last, 1);
+    if (threadIdx.x == 0) p_.progress.past = args_.first;
   }
 
   /// Cosines and lost masses; and when every token was lost: at the end of the chain of slots that came to stand for it.

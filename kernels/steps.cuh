@@ -41,14 +41,15 @@ class Steps : Stages<P> {
     after_append(step);
     stop_clock(step, TimedPhase::append);
     if (watches()) add_statistics(token, token + 1);
-    const int m = p_.settings.measured_of_token[token];
+    const int m = p_.settings.measured_of_token[token];  // attended, if timed, and no more
     const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
     const bool due = p_.due(token);
     row_of_ = -1, p_.probe_known = false;
+    bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     if (m >= 0 || observes) {
       attend<true>(token, 0x7fffffff, due, m >= 0 && p_.settings.mass);
       stop_clock(step, TimedPhase::attend);
-      if (m >= 0) measure_row(p_, m, token);
+      if (m >= 0 && !args_.timed) measure_row(p_, m, token);
       if (m >= 0 && p_.settings.mass) {
         mass(m, token, bias_);
         row_of_ = -1;
@@ -88,6 +89,7 @@ class Steps : Stages<P> {
         fold_or_count(victim);
         placeless_ = placeless_ || goes_without_places();
         p_.drop_one(victim, !placeless_);
+        if (threadIdx.x == 0) ++p_.progress.compressions;
         stop_clock(step, TimedPhase::compact);
         return;
       }
@@ -110,6 +112,7 @@ class Steps : Stages<P> {
       if (args_.together) buffer_ ^= 1;
       stop_clock(step, TimedPhase::compact);
       more = p_.over_budget();
+      row_of_ = -1, p_.probe_known = false;  // slots have moved
     }
     if (threadIdx.x == 0) ++p_.progress.compressions;
     __syncthreads();
@@ -119,13 +122,12 @@ class Steps : Stages<P> {
 
   /// What becomes of a victim that is known: it joins its target, or is counted.
   __device__ void fold_or_count(int victim) {
-    if (threadIdx.x == 0) ++p_.progress.compressions;
     if (!merges()) {
       if (threadIdx.x == 0) ++p_.progress.evictions;
       return;
     }
     if constexpr (detail::declares_on_merge<P>) {
-      if (threadIdx.x == 0) p_.unit.stays[victim] = 0;
+      if (threadIdx.x == 0) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
       __syncthreads();
       Player<P> copy = p_;
       Player<P>::fold_victim(copy, victim);
@@ -149,7 +151,7 @@ class Steps : Stages<P> {
   /// that must go, the lowest score, of equals the newest; -1 when all are safe.
   __device__ int observe_and_rank(int token, bool observes) {
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
-    if (window && (row_of_ != token || p_.traits().window_past)) {
+    if (window && (row_of_ != token || bias_moved_ || p_.traits().window_past)) {
       if (observes) {
         p_.observe_row();
         __syncthreads();
@@ -171,9 +173,8 @@ class Steps : Stages<P> {
       if (key < mine) mine = key, slot = s;
     };
     const auto look_at_slot = [&](int s) {
-      const float score = score_of(policy, slots, head, s);
       const int slot_token = slots.token[s];
-      if (isnan(score)) p_.fail(UnitError::nan_score, s, slot_token);
+      const float score = checked_score(p_.fixed, score_of(policy, slots, head, s), s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : 0, p_.unit.safety_at[buffer_][s] = safety;
@@ -219,7 +220,8 @@ class Steps : Stages<P> {
 
   /// Whether nothing in these steps asks for places: then they are made again at the end.
   __device__ bool goes_without_places() const {
-    return detail::declares_score<P> && p_.absolute() && !p_.settings.mass && !p_.traits().future_mass && !merges();
+    return detail::declares_score<P> && !detail::declares_on_append<P> && !detail::declares_on_evict<P> &&
+           p_.absolute() && !p_.settings.mass && !p_.traits().future_mass && !merges();
   }
   __device__ void know_places() {
     if (placeless_) Play::find_order(p_.fixed, p_.size, p_.now);
@@ -233,7 +235,8 @@ class Steps : Stages<P> {
     const int rows = min(window, token + 1), first = token + 1 - rows;
     const int newest_key = p_.traits().window_past ? first - 1 : 0x7fffffff;
     for (int r = 0; r < rows; ++r) {
-      if (row_of_ != first + r || p_.traits().window_past) attend(first + r, newest_key, false, r + 1 < rows);
+      if (row_of_ != first + r || bias_moved_ || p_.traits().window_past)
+        attend(first + r, newest_key, false, r + 1 < rows);
       p_.sum_row(true, rows - 1 - r, r == 0);
       __syncthreads();
     }
@@ -268,6 +271,7 @@ class Steps : Stages<P> {
 
   const float* bias_ = nullptr;
   int row_of_ = -1;  // token whose row the logits are of
+  bool bias_moved_ = false;
   int buffer_ = 0, meetings_ = 0;
   bool placeless_ = false;  // order and rank were left behind
 };

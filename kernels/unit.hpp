@@ -48,6 +48,7 @@ struct Progress {
   int attended = 0;  // slots that the present queries look at: more than `size` while a block is probed
   int compressions = 0, notes = 0;
   int queries = 0;           // that query statistics have seen
+  int past = 0;              // tokens whose queries are no longer to come, for oracles
   bool compressing = false;  // takes part in the compression under way
   bool more = false;         // another round of it is needed
   int lost = 0;  // lost_mass cannot come from log-sum-exps alone: positions are not absolute, or something merged
@@ -72,7 +73,7 @@ struct Unit {
   char *state = nullptr, *head_state = nullptr, *scratch = nullptr;
   float *vector = nullptr, *value_vector = nullptr, *probe = nullptr, *bias = nullptr, *score = nullptr;
   float* sums = nullptr;           // [capacity][group] of the latest look
-  float* logits = nullptr;         // [group][capacity] of the latest row, where shared memory does not hold them
+  float* logits = nullptr;         // [group][logit_stride] of the latest row, where shared memory does not hold them
   float* probabilities = nullptr;  // the same shape, or [group][tokens], for rows that are not streamed
   float* score_at[2] = {};         // by place; two, so that a fast head does not overwrite what a slow one reads
   std::uint8_t* safety_at[2] = {};
@@ -130,7 +131,7 @@ enum class Stage {
 struct PlaySettings {
   Positions positions = Positions::absolute;
   Compress compress = Compress::always;
-  bool mass = false, adaptive = false;
+  bool mass = false;
   int measured_count = 0;
   const int* measured = nullptr;           // tokens, ascending
   const int* measured_of_token = nullptr;  // [tokens] index in `measured`, or -1
