@@ -235,8 +235,8 @@ void HeadReplay::clip(int slot) {
 }
 
 void HeadReplay::drop(std::vector<int> slots) {
+  for (const int slot : slots) program_->evict(cache_, moment(), slot);  // in token order, as on every engine
   std::sort(slots.begin(), slots.end());
-  for (const int slot : slots) program_->evict(cache_, moment(), slot);
   cache_.remove(slots, [this](int from, int to) {
     program_->move(from, to);
     stays_[static_cast<std::size_t>(to)] = stays_[static_cast<std::size_t>(from)];

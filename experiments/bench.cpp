@@ -35,6 +35,15 @@ nlohmann::json to_json(const BenchRow& row) {
           {"goal", row.goal},         {"noise", row.noise},   {"note", row.note}};
 }
 
+void write_json(const std::filesystem::path& file, const BenchResult& result) {
+  nlohmann::json json{
+      {"device", result.device}, {"copy", result.copy}, {"read", result.read}, {"rows", nlohmann::json::array()}};
+  for (const BenchRow& row : result.rows) json["rows"].push_back(to_json(row));
+  std::ofstream out(file);
+  out << json.dump(1) << '\n';
+  if (!out.flush()) throw ConfigError(fmt::format("--json: {} cannot be written", file.string()));
+}
+
 }  // namespace
 
 void bench(const BenchOptions& options) {
@@ -48,13 +57,8 @@ void bench(const BenchOptions& options) {
                      fmt::format("{:.1f} %", 100 * row.noise), row.floor, row.note});
   fmt::print("{}: copies {:.2f} TB/s, reads {:.2f} TB/s\n{}", result.device, result.copy * 1e-12, result.read * 1e-12,
              columns(table));
-  if (options.json.empty()) return;
-  nlohmann::json json{
-      {"device", result.device}, {"copy", result.copy}, {"read", result.read}, {"rows", nlohmann::json::array()}};
-  for (const BenchRow& row : result.rows) json["rows"].push_back(to_json(row));
-  std::ofstream out(options.json);
-  out << json.dump(1) << '\n';
-  if (!out.flush()) throw ConfigError(fmt::format("--json: {} cannot be written", options.json.string()));
+  if (!options.json.empty()) write_json(options.json, result);
+  if (!result.failure.empty()) throw InternalError(result.failure);
 }
 
 }  // namespace kv

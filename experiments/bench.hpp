@@ -11,7 +11,8 @@ struct BenchOptions {
   std::filesystem::path peers;  // what tests/bench/peers.py wrote; "" = no peers
 };
 
-/// Prints a table. Throws CudaError without a device, ConfigError for files that cannot be read or written.
+/// Prints a table. Throws CudaError without a device, ConfigError for files that cannot be read or written, and in the end
+/// InternalError when a result was not right.
 void bench(const BenchOptions& options);
 
 }  // namespace kv

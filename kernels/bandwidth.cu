@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/buffer.hpp"
+#include "kernels/event_times.hpp"
 
 namespace kv {
 namespace {
@@ -29,22 +29,9 @@ __global__ void read_all(const uint4* from, std::size_t count, unsigned* out) {
 
 template <class Work>
 double median_us(Work work) {
-  cudaEvent_t begin, end;
-  KV_CUDA_TRY(cudaEventCreate(&begin));
-  KV_CUDA_TRY(cudaEventCreate(&end));
-  std::vector<float> ms;
-  for (int repeat = 0; repeat < 9; ++repeat) {
-    KV_CUDA_TRY(cudaEventRecord(begin));
-    work();
-    KV_CUDA_TRY(cudaEventRecord(end));
-    KV_CUDA_TRY(cudaEventSynchronize(end));
-    float one = 0;
-    KV_CUDA_TRY(cudaEventElapsedTime(&one, begin, end));
-    if (repeat > 1) ms.push_back(one);
-  }
-  cudaEventDestroy(begin), cudaEventDestroy(end);
-  std::nth_element(ms.begin(), ms.begin() + 3, ms.end());
-  return static_cast<double>(ms[3]) * 1e3;
+  std::vector<double> us = event_times(7, work);
+  std::nth_element(us.begin(), us.begin() + 3, us.end());
+  return us[3];
 }
 
 }  // namespace

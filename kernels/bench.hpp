@@ -28,10 +28,10 @@ struct BenchResult {
   std::string device;
   double copy = 0, read = 0;  // bytes per second of a large copy (read and written), and of reading only
   std::vector<BenchRow> rows;
+  std::string failure;  // of the first work whose result was not right, which has no row; "" when all were
 };
 
-/// Runs the rows whose work contains `only` ("" = all), telling `finished` of each. Throws CudaError without a device,
-/// InternalError when a result is not right.
+/// Runs the rows whose work contains `only` ("" = all), telling `finished` of each. Throws CudaError without a device.
 BenchResult bench_device(const std::string& only, const BenchPeers& peers,
                          const std::function<void(const BenchRow&)>& finished);
 

@@ -108,7 +108,11 @@ TEST_F(DeviceRuns, OverflowsAreErrorsOfTheSamePointsOnBothEngines) {
   });
   const TraceHeader& header = trace.session().header();
   std::vector<Case> cases = catalogue(header);
-  for (Case& c : cases) c.settings.measured = parse_measure("decode", header.tokens, header.prompt_tokens);
+  for (Case& c : cases) {
+    c.settings.measured = parse_measure("decode", header.tokens, header.prompt_tokens);
+    if (c.policy->traits().probe != Probe::none)
+      c.settings.block = {12};  // so that the query is among those that probe
+  }
   cases.push_back(cases.front());
   cases.back().settings.measured = parse_measure("all", header.tokens, header.prompt_tokens);
   const auto outcomes = replay_together(trace.session(), cases);

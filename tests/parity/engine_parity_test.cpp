@@ -134,7 +134,11 @@ std::vector<Case> cases_of(const TraceHeader& trace, const PolicyEntry& entry) {
     for (const Parameters& parameters : variants(entry)) add(parameters, "25%", "variant");
     for (const auto kind : {Allocation::Kind::pyramid, Allocation::Kind::adaptive}) {
       settings.allocation.kind = kind;
-      for (const char* budget : {"2", "25%"}) add({}, budget, name_of(kind));
+      for (const int block : {60, 16, 1}) {  // budgets that the first block exceeds, and that it does not
+        settings.block = {block};
+        for (const char* budget : {"2", "25%"}) add({}, budget, name_of(kind));
+      }
+      settings.block = {60};
     }
     settings.allocation = {}, settings.protect = {3, 5};
     for (const char* budget : {"1", "6", "25%"}) add({}, budget, "protected");

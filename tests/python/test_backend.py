@@ -57,6 +57,13 @@ def test_auto_without_a_device_is_the_same_run_as_cpu(program: Program) -> None:
     assert "0 ran, 5 already done" in program.run("backend=cpu").stdout
 
 
+@pytest.mark.usefixtures("without_gpu")
+def test_bench_without_a_device_says_why(kvreplay_binary: Path) -> None:
+    done = subprocess.run([str(kvreplay_binary), "bench"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 4 and done.stdout == "", done
+    assert re.fullmatch(r"kvreplay: bench: [^\n]+\n", done.stderr), done.stderr
+
+
 def close(mine: object, theirs: object) -> bool:
     """Whether two engines' numbers, or lists of them, agree; NaN never does."""
     if isinstance(mine, list) and isinstance(theirs, list):
