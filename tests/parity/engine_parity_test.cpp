@@ -197,13 +197,7 @@ TEST_P(EngineParity, AgreesOnRealTraces) {
   expect_agreement(all.at(GetParam()), 3);  // KV heads
 }
 
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const PolicyEntry& entry : policies()) all.emplace_back(entry.doc.name);
-  return all;
-}
-
-INSTANTIATE_TEST_SUITE_P(Catalogue, EngineParity, testing::ValuesIn(names()),
+INSTANTIATE_TEST_SUITE_P(Catalogue, EngineParity, testing::ValuesIn(policy_names()),
                          [](const auto& policy) { return policy.param; });
 
 TEST(PairwiseCover, HoldsEveryPairInFewRows) {

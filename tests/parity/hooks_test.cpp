@@ -8,8 +8,9 @@
 #include <random>
 
 #include "kernels/device_hooks.hpp"
+#include "tests/parity/variants.hpp"
 
-namespace kv {
+namespace kv::test {
 namespace {
 
 struct Shape {
@@ -80,10 +81,7 @@ HookInputs in_order(const HookInputs& in) {
 /// The hooks on the CPU, for inputs in order.
 HookOutputs run_on_cpu(const PolicyEntry& entry, HookInputs in) {
   const auto n = static_cast<std::size_t>(in.slots());
-  const auto policy = entry.make();
-  for (const Field& field : policy->fields())
-    for (const auto& [name, value] : in.parameters)
-      if (field.name == name) field.set(value);
+  const auto policy = make_policy(entry, in.parameters);
   const auto program = policy->bind(in.head);
   Cache cache(in.head.key_dim, in.head.value_dim, in.moment.now + 1, in.slots());
   for (int s = 0; s < in.slots(); ++s) {
@@ -147,22 +145,10 @@ void expect_same(const HookOutputs& cpu, const HookOutputs& gpu, const std::vect
   }
 }
 
-/// Every choice and switch of a policy's parameters, one at a time; the defaults first.
-std::vector<std::vector<std::pair<std::string, Value>>> variants(const PolicyEntry& entry) {
-  std::vector<std::vector<std::pair<std::string, Value>>> all{{}};
-  const auto policy = entry.make();
-  for (const Field& field : policy->fields()) {
-    for (const std::string& choice : field.choices) all.push_back({{field.name, choice}});
-    if (field.type == "bool") all.push_back({{field.name, !std::get<bool>(field.get())}});
-    if (field.type == "int" && field.low <= 3 && field.high >= 3) all.push_back({{field.name, std::int64_t{3}}});
-  }
-  return all;
-}
-
 TEST_P(HookParity, TheGpuAnswersAsTheCpu) {
   if (!has_device()) GTEST_SKIP() << "no CUDA device";
   const PolicyEntry& entry = find_policy(GetParam());
-  for (const auto& parameters : variants(entry))
+  for (const Parameters& parameters : variants(entry))
     for (const Shape shape :
          {Shape{1, 1, 64}, {31, 3, 64}, {33, 4, 80}, {127, 8, 96}, {257, 1, 128}, {1000, 3, 128}, {300, 2, 6}}) {
       if (!parameters.empty() && shape.slots > 300) continue;  // the largest with the defaults only
@@ -183,14 +169,8 @@ TEST_P(HookParity, TheGpuAnswersAsTheCpu) {
     }
 }
 
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const PolicyEntry& entry : policies()) all.emplace_back(entry.doc.name);
-  return all;
-}
-
-INSTANTIATE_TEST_SUITE_P(Catalogue, HookParity, testing::ValuesIn(names()),
+INSTANTIATE_TEST_SUITE_P(Catalogue, HookParity, testing::ValuesIn(policy_names()),
                          [](const auto& policy) { return policy.param; });
 
 }  // namespace
-}  // namespace kv
+}  // namespace kv::test

@@ -1,7 +1,8 @@
-// What a policy's parameters can make of it.
+// The policies of the catalogue, and what their parameters can make of them.
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +12,12 @@
 namespace kv::test {
 
 using Parameters = std::vector<std::pair<std::string, Value>>;  // that differ from the policy's defaults
+
+inline std::vector<std::string> policy_names() {
+  std::vector<std::string> all;
+  for (const PolicyEntry& entry : policies()) all.emplace_back(entry.doc.name);
+  return all;
+}
 
 inline std::shared_ptr<BoundPolicy> make_policy(const PolicyEntry& entry, const Parameters& parameters) {
   std::shared_ptr<BoundPolicy> policy = entry.make();
