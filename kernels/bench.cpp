@@ -52,6 +52,7 @@ struct DecodeCase {
   Synthetic shape{};
 };
 
+constexpr const char *slimmer_work = "kv_slimmer block of 512 at 2592 slots", *snapkv_work = "snapkv of 32k, 32 layers";
 constexpr int decode_steps = 256, layers = 32, repeats = 5;
 
 double median(std::vector<double> values) {
@@ -87,52 +88,11 @@ std::shared_ptr<BoundPolicy> make_policy(const PolicyEntry& entry,
   return policy;
 }
 
-BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
-  Synthetic shape = c.shape;
-  shape.tokens = c.budget + decode_steps, shape.prompt_tokens = c.budget;
-  OneLayer one(shape);
-  TraceHeader header = one.session().header();
-  const PolicyEntry& entry = find_policy(c.policy);
-  const std::shared_ptr<BoundPolicy> policy = make_policy(entry, c.parameters);
-  ReplaySettings settings;
-  settings.budget = c.budget;
-  settings.measured = parse_measure("decode", header.tokens, header.prompt_tokens);
-  const DevicePoint point{&entry, policy.get(), &settings};
-
-  header.layers.resize(layers, header.layers.front());
-  const DeviceTrace trace(header);
-  DeviceLayer layer(trace, one.session(), 0, false);
-  cudaStream_t stream = nullptr;
-  const std::vector<BatchLayer> all(layers, {layer.measured(trace, settings.measured, stream), nullptr});
-  const std::vector<DevicePoint> points(static_cast<std::size_t>(c.points), point);
-  const BatchPlan plan(header, points);
-  Batch batch(trace, header, plan, points, all, 0, Timing::launches);
-  std::vector<double> us;
-  for (int repeat = 0; repeat <= repeats; ++repeat) {
-    batch.run(stream);
-    const double steps = batch.steps_us(stream);
-    if (repeat == 0) {
-      std::vector<ReplayResult> results(points.size(), empty_result(header, settings));
-      std::vector<std::exception_ptr> errors(points.size());
-      batch.collect(results, errors, stream);
-      if (errors[0]) std::rethrow_exception(errors[0]);
-      check(one.session(), point, results.back(), c.work);
-    } else {
-      us.push_back(steps / decode_steps / c.points);
-    }
-  }
-  const auto [low, high] = std::minmax_element(us.begin(), us.end());
-  const double bytes = static_cast<double>(layers) * shape.kv_heads * c.budget * 2.0 * shape.head_dim *
-                       static_cast<double>(size_of(shape.dtype));
-  BenchRow row{c.work, "K and V held / read bandwidth", median(us), bytes / rates.read * 1e6, c.must,
-               c.goal, (*high - *low) / median(us),     ""};
-  return row;
-}
-
-/// Times passes of a batch over copies of one made-up layer: `us(batch, stream)` after each.
+/// Times passes of `points` equal points over copies of one made-up layer: `us(batch, stream)` after each. The first pass,
+/// which does not count, is checked.
 template <class Us>
-std::vector<double> time_batch(const Synthetic& shape, int copies, const PolicyEntry& entry, const BoundPolicy& policy,
-                               const ReplaySettings& settings, Us us) {
+std::vector<double> time_batch(const std::string& work, const Synthetic& shape, int copies, const PolicyEntry& entry,
+                               const BoundPolicy& policy, const ReplaySettings& settings, int points, Us us) {
   OneLayer one(shape);
   TraceHeader header = one.session().header();
   header.layers.resize(static_cast<std::size_t>(copies), header.layers.front());
@@ -142,19 +102,20 @@ std::vector<double> time_batch(const Synthetic& shape, int copies, const PolicyE
   const std::vector<BatchLayer> all(static_cast<std::size_t>(copies),
                                     {layer.measured(trace, settings.measured, stream), nullptr});
   const DevicePoint point{&entry, &policy, &settings};
-  const BatchPlan plan(header, {point});
-  Batch batch(trace, header, plan, {point}, all, 0, Timing::launches);
+  const std::vector<DevicePoint> equal(static_cast<std::size_t>(points), point);
+  const BatchPlan plan(header, equal);
+  Batch batch(trace, header, plan, equal, all, 0, Timing::launches);
   std::vector<double> times;
   for (int repeat = 0; repeat <= repeats; ++repeat) {
     batch.run(stream);
     const double mine = us(batch, stream);
     if (repeat > 0) times.push_back(mine);
     if (repeat > 0) continue;
-    std::vector<ReplayResult> result(1, empty_result(header, settings));
-    std::vector<std::exception_ptr> error(1);
-    batch.collect(result, error, stream);
-    if (error[0]) std::rethrow_exception(error[0]);
-    check(one.session(), point, result[0], entry.doc.name);
+    std::vector<ReplayResult> results(equal.size(), empty_result(header, settings));
+    std::vector<std::exception_ptr> errors(equal.size());
+    batch.collect(results, errors, stream);
+    if (errors[0]) std::rethrow_exception(errors[0]);
+    check(one.session(), point, results.back(), work);
   }
   return times;
 }
@@ -165,6 +126,22 @@ BenchRow row_of(const std::string& work, const std::string& floor, std::vector<d
   const double middle = median(us), noise = (*high - *low) / middle;
   return {work, floor, middle, floor_us > 0 ? floor_us : std::numeric_limits<double>::quiet_NaN(),
           must, goal,  noise,  note};
+}
+
+BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
+  Synthetic shape = c.shape;
+  shape.tokens = c.budget + decode_steps, shape.prompt_tokens = c.budget;
+  const PolicyEntry& entry = find_policy(c.policy);
+  const std::shared_ptr<BoundPolicy> policy = make_policy(entry, c.parameters);
+  ReplaySettings settings;
+  settings.budget = c.budget;
+  settings.measured = parse_measure("decode", shape.tokens, shape.prompt_tokens);
+  const auto us = time_batch(
+      c.work, shape, layers, entry, *policy, settings, c.points,
+      [&](const Batch& batch, cudaStream_t stream) { return batch.steps_us(stream) / decode_steps / c.points; });
+  const double bytes = static_cast<double>(layers) * shape.kv_heads * c.budget * 2.0 * shape.head_dim *
+                       static_cast<double>(size_of(shape.dtype));
+  return row_of(c.work, "K and V held / read bandwidth", us, bytes / rates.read * 1e6, c.must, c.goal, "");
 }
 
 /// One block of 512 tokens under KVSlimmer at 2592 slots: what a ninth block takes beyond eight.
@@ -180,12 +157,12 @@ BenchRow time_slimmer(const BenchPeers& peers) {
   for (const int count : {blocks - 1, blocks}) {
     shape.tokens = count * block, shape.prompt_tokens = shape.tokens;
     settings.measured = parse_measure("prompt", shape.tokens, shape.prompt_tokens);
-    us.push_back(time_batch(shape, layers, entry, *policy, settings,
+    us.push_back(time_batch(slimmer_work, shape, layers, entry, *policy, settings, 1,
                             [](const Batch& batch, cudaStream_t stream) { return batch.prompt_us(stream); }));
   }
   for (std::size_t i = 0; i < us[1].size(); ++i) us[1][i] -= median(us[0]);
   const double product = 2.0 * layers * shape.query_heads * block * (slots + block / 2) * shape.head_dim;
-  return row_of("kv_slimmer block of 512 at 2592 slots", "5 attention products at the GEMM rate", us[1],
+  return row_of(slimmer_work, "5 attention products at the GEMM rate", us[1],
                 peers.gemm_flops > 0 ? 5 * product / peers.gemm_flops * 1e6 : 0, 1.8, 1.3,
                 "32 layers; attention, probe, proxy, merge");
 }
@@ -201,14 +178,15 @@ BenchRow time_snapkv(const Bandwidth& rates) {
   ReplaySettings settings;
   settings.budget = kept, settings.compress = Compress::prompt;
   settings.measured = parse_measure("decode", shape.tokens, shape.prompt_tokens);
-  const auto us = time_batch(shape, heads, entry, *policy, settings, [](Batch& batch, cudaStream_t stream) {
-    const std::vector<double> phases = batch.times(stream).prompt_us;
-    double sum = 0;
-    for (std::size_t phase = 1; phase < phases.size(); ++phase) sum += phases[phase];  // all but append
-    return sum;
-  });
+  const auto us =
+      time_batch(snapkv_work, shape, heads, entry, *policy, settings, 1, [](Batch& batch, cudaStream_t stream) {
+        const std::vector<double> phases = batch.times(stream).prompt_us;
+        double sum = 0;
+        for (std::size_t phase = 1; phase < phases.size(); ++phase) sum += phases[phase];  // all but append
+        return sum;
+      });
   const double row = 2.0 * shape.head_dim;
-  return row_of("snapkv of 32k, 32 layers", "K read once + kept rows moved", us,
+  return row_of(snapkv_work, "K read once + kept rows moved", us,
                 heads * (tokens * row / rates.read + 2 * kept * 2 * row / rates.copy) * 1e6, 3, 2,
                 "window of 64, 1024 kept");
 }
@@ -304,8 +282,8 @@ BenchResult bench_device(const std::string& only, const BenchPeers& peers,
   };
   for (const DecodeCase& c : decode_cases()) add(c.work, [&] { return std::vector{time_decode(c, rates)}; });
   add("full attention and column sums of 16k, one layer", [&] { return time_attention(peers); });
-  add("kv_slimmer block of 512 at 2592 slots", [&] { return std::vector{time_slimmer(peers)}; });
-  add("snapkv of 32k, 32 layers", [&] { return std::vector{time_snapkv(rates)}; });
+  add(slimmer_work, [&] { return std::vector{time_slimmer(peers)}; });
+  add(snapkv_work, [&] { return std::vector{time_snapkv(rates)}; });
   const auto ours = std::ranges::find(result.rows, "h2o 1024 slots", &BenchRow::work);
   if (peers.eager_h2o_us > 0 && ours != result.rows.end()) {
     const double us = ours->us;
