@@ -44,14 +44,13 @@ Launch Batch::stage(Stage what, const BlockRange& block) const {
   launch.unit_count = static_cast<int>(units_.size());
   launch.stage = what, launch.phase = block.phase;
   launch.first = block.first, launch.last = block.last, launch.block = block.index;
-  launch.tasks = tasks_.data(), launch.shared_logits = shared_logits_, launch.timed = timing_ == Timing::phases,
-  launch.meeting = meeting_.data();
+  launch.tasks = tasks_.data(), launch.timed = timing_ == Timing::phases, launch.meeting = meeting_.data();
   return launch;
 }
 
 void Batch::play(const Launch& launch, TimedPhase phase) {
   if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(phase, stream_));
-  program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
+  program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);
   if (timing_ != Timing::none) prompt_timers_.back()->stop(stream_);
 }
 
@@ -121,7 +120,7 @@ void Batch::take(const BlockRange& block) {
   launch.rows = device_rows(rows), launch.row_count = static_cast<int>(rows.size());
   if (!measured.empty()) {
     launch.stage = Stage::measure;
-    program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
+    program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);
   }
   if (!observes) return;
   launch.stage = Stage::observe;
@@ -170,7 +169,7 @@ void Batch::compress(const BlockRange& block, bool probes) {
     if (probes) probe(block, false);
   }
   launch.stage = Stage::count;
-  program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
+  program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);
   ++compressions_;
   if (traits.needs_budget()) slots_bound_ = std::min(slots_bound_, plan_.largest_budget);
 }
@@ -208,11 +207,17 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const bool compresses =
       plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
   launch.together = plan_.traits.scope == Scope::layer && trace_.data.kv_heads > 1 && compresses;
+  const bool bounded = compresses && plan_.traits.needs_budget();
+  launch.step_slots = std::min(plan_.capacity(), bounded ? std::max(slots_bound_, plan_.largest_budget) + plan_.traits.interval
+                                                         : slots_bound_ + static_cast<int>(count));
+  const std::size_t wanted = program_->record_bytes(plan_.traits, launch.settings, trace_.data.group,
+                                                    trace_.data.key_dim, launch.step_slots);
+  launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
   if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));
-  program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream_);
+  program_->launch(launch, trace_.data.kv_heads, row_bytes_ + static_cast<std::size_t>(launch.record_bytes), stream_);
   if (timing_ != Timing::none) step_timers_.back()->stop(stream_);
-  slots_bound_ = std::min(slots_bound_ + static_cast<int>(count), plan_.capacity());
+  slots_bound_ = launch.step_slots;
 }
 
 void Batch::single_tokens(std::size_t first, std::size_t count) {
@@ -246,11 +251,11 @@ void Batch::run(cudaStream_t stream) {
     KV_CUDA_TRY(cudaMemsetAsync(clocks_.data(), 0, clocks_.size() * sizeof(unsigned), stream));
   const std::vector<BlockRange>& blocks = plan_.blocks;
   const bool probes = plan_.traits.probe != Probe::none;
-  program_->launch(stage(Stage::begin, blocks.front()), trace_.data.kv_heads, shared_bytes_, stream);
+  program_->launch(stage(Stage::begin, blocks.front()), trace_.data.kv_heads, row_bytes_, stream);
   if (plan_.traits.future_mass) {
     Launch launch = stage(Stage::future, blocks.front());
     launch.first = blocks.front().last, launch.last = trace_.data.tokens;
-    program_->launch(launch, trace_.data.kv_heads, shared_bytes_, stream);
+    program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream);
   }
   const auto alone = [&](std::size_t i) {
     return blocks[i].last - blocks[i].first == 1 && !(probes && blocks[i].phase == Phase::prompt);

@@ -106,8 +106,7 @@ class Batch {
   int first_layer_;
   Timing timing_;
   std::unique_ptr<DeviceProgram> program_;
-  std::size_t row_bytes_ = 0, shared_bytes_ = 0;
-  int shared_logits_ = 0;
+  std::size_t row_bytes_ = 0, record_room_ = 0;  // shared memory of a row, and what is left for StepRecords
 
   std::vector<Unit> units_;
   Buffer<char> memory_;  // every unit's arrays

@@ -43,7 +43,7 @@ std::exception_ptr error_of(const Progress& p, const Unit& unit, const TraceHead
 void Batch::finish() {
   const TraceData& t = trace_.data;
   const int count = static_cast<int>(units_.size()), rows = static_cast<int>(plan_.settings.measured.size());
-  program_->launch(stage(Stage::finish, plan_.blocks.back()), t.kv_heads, shared_bytes_, stream_);
+  program_->launch(stage(Stage::finish, plan_.blocks.back()), t.kv_heads, row_bytes_, stream_);
   if (plan_.settings.positions != Positions::absolute || plan_.merges) {
     fill_lost_tasks(span(), measured_.data(), rows, lost_masses_.data(), lost_tasks_.data(), stream_);
     lost_masses(trace_.shape(), lost_tasks_.data(), {count, rows, t.tokens}, stream_);

@@ -174,16 +174,14 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
   KV_CUDA_TRY(cudaGetDevice(&device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  // Logits live in shared memory where two blocks of a multiprocessor still fit.
-  const std::size_t logits = static_cast<std::size_t>(logit_stride(plan.capacity()) * t.group) * sizeof(float);
-  if (row_bytes_ + logits + team_memory_bytes <= static_cast<std::size_t>(per_multiprocessor) / 2)
-    shared_logits_ = logit_stride(plan.capacity());
-  shared_bytes_ = row_bytes_ + (shared_logits_ > 0 ? logits : 0);
-  if (shared_bytes_ + team_memory_bytes > static_cast<std::size_t>(per_block))
+  if (row_bytes_ + team_memory_bytes > static_cast<std::size_t>(per_block))
     throw CudaError(
         fmt::format("{} query heads of {} channels a KV head need {} bytes of shared memory, this GPU has {}: "
                     "use backend: cpu",
-                    t.group, t.value_dim, shared_bytes_, per_block));
+                    t.group, t.value_dim, row_bytes_, per_block));
+  // As much as lets two blocks of a multiprocessor cover for each other.
+  const std::size_t half = static_cast<std::size_t>(per_multiprocessor) / 2, taken = row_bytes_ + team_memory_bytes;
+  record_room_ = half > taken ? (half - taken) / 16 * 16 : 0;
 }
 
 void Batch::make_units(const std::vector<DevicePoint>& points) {

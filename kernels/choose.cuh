@@ -42,6 +42,25 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
   __syncthreads();
 }
 
+/// f(slot, score) for every slot that no head of the layer holds safe: unit.score_at of one buffer, NaN where safe, added up
+/// over the heads in order. Four neighbouring slots a thread.
+template <class F>
+__device__ void each_sum_over_heads(const Fixed& fixed, int buffer, int size, F f) {
+  for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += 4 * team_threads) {
+    float sum[4] = {};
+    for (int h = 0; h < fixed.unit.layer_heads; ++h) {
+      const float4 theirs =
+          __ldcg(reinterpret_cast<const float4*>(fixed.units[fixed.unit.first_head + h].score_at[buffer] + s));
+      const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = h == 0 ? each[i] : sum[i] + each[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (s + i < size && !isnan(sum[i])) f(s + i, sum[i]);
+  }
+}
+
 /// Entry i of all heads' candidates of one buffer together: scores add up, the higher safety wins.
 __device__ inline float sum_over_heads(const Fixed& fixed, int buffer, int i, std::uint8_t& safety) {
   float score = 0;

@@ -1,4 +1,4 @@
-// A policy's kernel behind one virtual call: what policies/*.cpp become when nvcc compiles them, found by name.
+// A policy's kernels behind one virtual call: what policies/*.cpp become when nvcc compiles them, found by name.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -28,6 +28,10 @@ class DeviceProgram {
   /// Fills every task's sums by that statistic.
   virtual void column_sums(const AttentionShape& shape, const AttentionTask* tasks, int tasks_count, int rows,
                            int slots, bool window, cudaStream_t stream) const = 0;
+
+  /// Bytes of shared memory that steps over `slots` slots have a use for beside a row's.
+  virtual std::size_t record_bytes(const Traits& traits, const PlaySettings& settings, int group, int key_dim,
+                                   int slots) const = 0;
 
   /// A block of threads for every unit; under `together` as many as are resident at once, whole layers at a time.
   virtual void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const = 0;

@@ -166,32 +166,59 @@ __device__ __noinline__ inline void count_as_if_merged(const Play& play, int cli
   __syncthreads();
 }
 
+/// What a fold leaves in the books; by one thread.
+template <class Player>
+__device__ void book_fold(Player& player, const Fold& plan, int victim) {
+  const Unit& unit = player.unit;
+  unit.multiplicity[plan.target] += unit.multiplicity[victim];
+  unit.parent[unit.token[victim]] = unit.token[plan.target];
+  if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
+    player.policy.on_fold(player.state(plan.target), player.state(victim), plan);
+  detail::clip_count(player, plan.target, player.traits().clip);
+  detail::keep_note(player, plan);
+  ++player.progress.merges;
+  player.progress.lost = 1;
+}
+
 /// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. Needs
-/// and gives a barrier.
+/// and gives a barrier. One target is the clerk's affair; many are dealt over all warps.
 template <class Player, class Head>
 __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
+  constexpr bool by_channel = detail::declares_key_weight<typename Player::PolicyType>;
   const Unit& unit = player.unit;
-  Fold& plan = unit.plans[victim];
+  Fold& plan = player.fixed.plan;
   const bool any_slot = player.traits().one_at_a_time;
-  if (threadIdx.x == 0) {
-    plan = player.policy.on_merge(head, victim);
-    if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
-    if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
-      player.progress.lost_in_folds += unit.multiplicity[victim];
-      plan.target = -1;
-    }
-    if (plan.target < 0) ++player.progress.evictions;
-  }
-  __syncthreads();
-  const Fold mine = plan;
-  if (mine.target < 0) return;
   const auto only = [&](int, int& v) -> const Fold& {
     v = victim;
     return plan;
   };
+  if (player.is_clerk_warp()) {
+    if (player.is_clerk()) {
+      plan = player.policy.on_merge(head, victim);
+      if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
+      if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
+        player.progress.lost_in_folds += unit.multiplicity[victim];
+        plan.target = -1;
+      }
+      if (plan.target < 0) ++player.progress.evictions;
+    }
+    __syncwarp();
+    if (plan.target >= 0 && plan.spread == 1) {
+      FoldTarget sum = detail::sum_of<by_channel>(player, plan.target, 1, only);
+      if constexpr (detail::declares_on_target<typename Player::PolicyType>)
+        player.policy.on_target(head, plan.target, sum);
+      detail::write_target(player, head, plan.target, 1, sum, only);
+      __syncwarp();
+      if (player.is_clerk()) book_fold(player, plan, victim);
+    }
+  }
+  __syncthreads();
+  const int target = plan.target, spread = plan.spread;
+  if (target < 0) return;
+  if (spread == 1) return player.row_changed(target);
   const auto each_target = [&](auto f) {  // f(i, slot) of every slot that receives, by the warp that owns it
-    int left = mine.spread, i = 0;
-    for (int place = unit.rank[mine.target]; left > 0 && place < player.size; ++place) {
+    int left = spread, i = 0;
+    for (int place = unit.rank[target]; left > 0 && place < player.size; ++place) {
       const int slot = unit.order[place];
       if ((!any_slot && !unit.stays[slot]) || slot == victim) continue;
       --left;
@@ -200,27 +227,15 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
     }
   };
   each_target([&](int i, int slot) {
-    FoldTarget sum = detail::sum_of<detail::declares_key_weight<typename Player::PolicyType>>(player, slot, 1, only);
+    FoldTarget sum = detail::sum_of<by_channel>(player, slot, 1, only);
     if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();
   each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only); });
-  if (mine.spread == 1)
-    player.row_changed(mine.target);
-  else
-    player.resume = false;
+  player.ring.running = false;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    unit.multiplicity[mine.target] += unit.multiplicity[victim];
-    unit.parent[unit.token[victim]] = unit.token[mine.target];
-    if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
-      player.policy.on_fold(player.state(mine.target), player.state(victim), mine);
-    detail::clip_count(player, mine.target, player.traits().clip);
-    detail::keep_note(player, mine);
-    ++player.progress.merges;
-    player.progress.lost = 1;
-  }
+  if (player.is_clerk()) book_fold(player, plan, victim);
   __syncthreads();
 }
 
@@ -369,7 +384,7 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
     from = to;
   }
   if (threadIdx.x == 0) player.progress.merges += joined, player.progress.lost = 1;
-  player.resume = false;
+  player.ring.running = false;
   __syncthreads();
 }
 

@@ -26,11 +26,15 @@ struct Fixed {
   RowLook look;  // of the row that attends
   TeamMemory team;
   const Unit* units;
-  Progress* progress;
+  Progress progress;
+  Fold plan;         // of the one victim of a step
+  void* home[8];     // where StepRecords took arrays from; null for those that stayed
+  float* home_vector;
   float* logits;    // [group][logit_stride] of the latest row
   long long clock;  // when the phase under way began
   int logit_stride;
-  bool streamed;  // rows of this shape go over tensor cores
+  int measured[2];  // which measured query the present and the next token's are, by parity of the token; or -1
+  bool streamed;    // rows of this shape go over tensor cores
 };
 static_assert(sizeof(Fixed) + 1024 <= team_memory_bytes);
 
@@ -49,9 +53,8 @@ struct Play {
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
-  bool resume = false;                     // the first tiles of the next row are under way
-  int resumed_slots = 0;                   // as many slots as there were then
-  int changed_one = -1, changed_two = -1;  // slots whose rows were written since; two, and then everything is stale
+  Ring ring;       // what is under way for the next row
+  int stale = -1;  // a slot whose row changed in memory since
 
   __device__ explicit Play(Fixed& f)
       : fixed(f),
@@ -60,16 +63,19 @@ struct Play {
         trace(f.trace),
         settings(f.settings),
         row(f.row),
-        progress(*f.progress),
+        progress(f.progress),
         team{&f.team},
-        size(f.progress->size),
+        size(f.progress.size),
         budget(f.unit.info.budget) {}
 
   /// What a function that worked on a copy left behind.
   __device__ void follow(const Play& copy) {
-    size = copy.size, resume = copy.resume, resumed_slots = copy.resumed_slots;
-    changed_one = copy.changed_one, changed_two = copy.changed_two;
+    size = copy.size, ring = copy.ring, stale = copy.stale;
   }
+
+  /// The first warp that does not stream keeps the books of a step: tokens, state, what became of them.
+  static __device__ bool is_clerk_warp() { return threadIdx.x / 32 == stream_warps; }
+  static __device__ bool is_clerk() { return threadIdx.x == 32 * stream_warps; }
 
   __device__ int compressions() const { return progress.compressions; }
   __device__ bool absolute() const { return settings.positions == Positions::absolute; }
@@ -86,19 +92,15 @@ struct Play {
     return true;
   }
 
-  /// A slot's row was written: the next row's prefetched tile may be stale.
+  /// A slot's row was written in memory: what is under way may not know it.
   __device__ void row_changed(int slot) {
-    if (changed_one < 0 || changed_one == slot)
-      changed_one = slot;
-    else if (changed_two < 0 || changed_two == slot)
-      changed_two = slot;
-    else
-      resume = false;
+    if (stale >= 0 && stale != slot) ring.running = false;
+    stale = slot;
   }
 
   /// Tokens [first, last) as rows of slots [place, ...). State is the caller's.
   __device__ void append_rows(int first, int last, int place) {
-    if (place < resumed_slots) resume = false;  // a row that may be under way as a tile's is written
+    ring.running = false;
     const long from = static_cast<long>(unit.info.kv_head) * trace.tokens + first;
     const int n = last - first, element = bytes_of(trace.elements);
     copy_bytes(const_cast<char*>(at(unit.keys, place, trace.key_dim)),
@@ -198,14 +200,14 @@ struct Play {
 
   /// fixed.look = what one token's queries look at: all slots. Keys and queries turn to their places first, where they have
   /// some. Needs and gives a barrier.
-  __device__ void look_at(int token, const float* bias, int newest_key = 0x7fffffff, float* probe = nullptr) {
+  __device__ void look_at(int token, const float* bias, int newest_key = 0x7fffffff, float* probe = nullptr) const {
     if (!absolute()) turn(*this, token);
     if (threadIdx.x == 0) {
       RowLook& look = fixed.look;
       look.keys = attended_keys(), look.values = unit.values;
-      look.slots = size - 1, look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
+      look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
       look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
-      look.query_token = token, look.newest_key = newest_key, look.window = layer.window;
+      look.newest_key = newest_key, look.window = layer.window;
       look.masked = layer.window > 0 || newest_key < now || token < now;
       look.logits = fixed.logits, look.logit_stride = fixed.logit_stride;
       look.probe_vector = probe ? unit.vector : nullptr, look.probe = probe;
@@ -216,37 +218,49 @@ struct Play {
     __syncthreads();
   }
 
-  /// Attends as fixed.look says; results are in `row` and the look's logits. `last`: nothing else looks before the next
-  /// token's row. Gives a barrier.
-  template <bool here = false>
-  __device__ __forceinline__ void attend(bool last, bool probing) {
-    const RowLook& look = fixed.look;
-    const TokenAttention attention{team, trace.elements, layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
-    if (!fixed.streamed) return attention.plain(look, row);
-    // Whether this warp's first tile is what it would fetch now.
-    const int first = static_cast<int>(threadIdx.x / 32) * stream_tile, end = min(first + stream_tile, look.slots);
-    const auto holds = [&](int slot) { return slot >= first && slot < first + stream_tile; };
-    const bool mine = resume && !holds(changed_one) && !holds(changed_two) && (resumed_slots >= end || end <= first) &&
-                      (resumed_slots > first || look.slots <= first);
-    const bool next = last && absolute();
-    attention.streamed<here>(look, row, probing, mine, next);
-    resume = next, resumed_slots = look.slots, changed_one = changed_two = -1;
+  __device__ TokenAttention attention() const {
+    return {team, trace.elements, layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
   }
 
-  /// The same as a call.
-  static __device__ __noinline__ void attend_copy(Play& copy, bool last) {
-    copy.attend(last, copy.fixed.look.probe_vector != nullptr);
+  /// The present step's row, or another one of the same look, over `slots` slots and a newest one.
+  __device__ RowNow row_now(int token, int slots) const {
+    return {slots, token, row.queries[now & 1], at(fixed.look.keys, slots, trace.key_dim),
+            at(fixed.look.values, slots, trace.value_dim)};
   }
-  __device__ void attend_apart(bool last) {
+
+  /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits. What a
+  /// step has under way is lost. Gives a barrier.
+  static __device__ __noinline__ void attend(Play& play, int token, int slots) {
+    const RowLook& look = play.fixed.look;
+    const RowNow mine = play.row_now(token, slots);
+    play.ring.running = false;
+    if (!play.fixed.streamed) return play.attention().plain(look, mine, play.row);
+    stage_queries(look, play.row.queries[play.now & 1]);
+    play.attention().streamed(look, mine, play.row);
+  }
+  __device__ void attend_apart(int token) {
     Play copy = *this;
-    attend_copy(copy, last);
+    attend(copy, token, size - 1);
     follow(copy);
   }
 
-  /// The victim's row goes and the last slot's takes its place: state is the caller's. Needs a barrier before; one must
-  /// follow.
-  __device__ void remove_one(int victim, bool with_places) {
-    const int last = size - 1, gone = unit.token[victim];
+  /// A row's new content where the ring holds it already; by the warp that streams the slot.
+  __device__ void patch(int slot, const void* key, const void* value) const {
+    if (!fixed.streamed) return;
+    if (stream_width(trace.key_dim, trace.value_dim) > 64)
+      Stream<__nv_bfloat16, 128, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+    else
+      Stream<__nv_bfloat16, 64, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+  }
+  /// Whether this warp streams a slot.
+  __device__ static bool streams_slot(int slot) {
+    return static_cast<int>(threadIdx.x / 32) == slot / stream_tile % stream_warps;
+  }
+
+  /// The victim goes and the last slot takes its place, whose rows are `key` and `value`: in memory, or a copy of them. State
+  /// is the caller's. Needs a barrier before; the warp that streams the slot has its row, others need a barrier.
+  __device__ void remove_one(int victim, bool with_places, const void* key, const void* value) {
+    const int last = size - 1;
     if (with_places) {
       int *rank = unit.rank, *order = unit.order;
       const int gap = rank[victim];
@@ -256,21 +270,21 @@ struct Play {
         const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
         rank[slot] = place, order[place] = slot;
       }
-    } else {
-      __syncthreads();
     }
-    if (threadIdx.x == 0 && unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
-    if (victim != last) {
-      const int thread = static_cast<int>(threadIdx.x), half = team_threads / 2;
-      if (thread < half)
-        copy_row(unit.keys, trace.elements, trace.key_dim, victim, unit.keys, last, thread, half);
-      else
-        copy_row(unit.values, trace.elements, trace.value_dim, victim, unit.values, last, thread - half, half);
-      if (threadIdx.x == 0) {
+    if (is_clerk()) {
+      const int gone = unit.token[victim];
+      if (unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
+      if (victim != last) {
         unit.token[victim] = unit.token[last], unit.multiplicity[victim] = unit.multiplicity[last];
         if (!absolute()) unit.rotated_at[victim] = -1;
       }
-      row_changed(victim);
+    }
+    if (victim != last && streams_slot(victim)) {
+      const int lane = static_cast<int>(threadIdx.x % 32);
+      copy_row(unit.keys, trace.elements, trace.key_dim, victim, key, 0, lane, 32);
+      copy_row(unit.values, trace.elements, trace.value_dim, victim, value, 0, lane, 32);
+      __syncwarp();
+      patch(victim, key, value);
     }
     size = last;
   }
@@ -290,28 +304,6 @@ struct Play {
           if (slot_of[t] >= 0) unit.order[before] = slot_of[t], unit.rank[slot_of[t]] = before;
         });
     __syncthreads();
-  }
-
-  /// Asks for what the next token will read, so that it comes from the second-level cache. By the last warp: others do not
-  /// wait for what it has to look up.
-  __device__ void expect(int token) const {
-    if (threadIdx.x < team_threads - 32) return;
-    const int lane = static_cast<int>(threadIdx.x % 32), m = settings.measured_of_token[token];
-    const long row = static_cast<long>(unit.info.kv_head) * trace.tokens + token, query_row = layer.row_of_token[token];
-    const auto ask = [&](const void* from, long bytes) {
-      for (long at = lane * 128; at < bytes; at += 32 * 128)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
-    };
-    const long key_bytes = static_cast<long>(trace.key_dim) * bytes_of(trace.elements);
-    ask(at(absolute() ? layer.k_rotated : layer.k, row, trace.key_dim), key_bytes);
-    ask(at(layer.v, row, trace.value_dim), static_cast<long>(trace.value_dim) * bytes_of(trace.elements));
-    for (int g = 0; g < trace.group && query_row >= 0; ++g)
-      ask(at(absolute() ? layer.q_rotated : layer.q, query_head(g) * static_cast<long>(layer.query_rows) + query_row,
-             trace.key_dim),
-          key_bytes);
-    const long full = static_cast<long>(trace.group) * trace.value_dim;
-    if (m >= 0)
-      ask(layer.full_output + (static_cast<long>(unit.info.kv_head) * settings.measured_count + m) * full, full * 4);
   }
 
   /// Every slot with stays[slot] == 0 goes; survivors from the end fill the holes, in any order. `move(from, to)` takes
@@ -354,7 +346,7 @@ struct Play {
     for (int s = static_cast<int>(threadIdx.x); s < kept; s += team_threads)
       unit.rank[s] = place_of[s], unit.order[place_of[s]] = s, unit.stays[s] = 1;
     __syncthreads();
-    size = kept, resume = false;
+    size = kept, ring.running = false;
   }
 };
 

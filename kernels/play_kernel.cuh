@@ -1,5 +1,5 @@
-// The one kernel of a policy: a thread block plays a unit. Prompt blocks are played in stages, between which grid-wide
-// kernels attend (kernels/block_attention.hpp); tokens that come alone are played through in one launch.
+// The two kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide
+// kernels attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
 #pragma once
 #include "kernels/steps.cuh"
 
@@ -13,9 +13,10 @@ __device__ void copy_words(T* to, const T* from) {
     reinterpret_cast<unsigned*>(to)[i] = reinterpret_cast<const unsigned*>(from)[i];
 }
 
-template <class P>
-__global__ void __launch_bounds__(team_threads, 2) play_kernel(const __grid_constant__ Launch launch, const P* points) {
-  extern __shared__ __align__(16) char memory[];
+/// play(fixed, policy, memory beyond a row's) for every unit of a launch; returns the slots that are then in the cache.
+template <class P, class Play>
+__device__ void play_units(const Launch& launch, const P* points, Play play) {
+  extern __shared__ __align__(256) char memory[];  // a ring's addresses turn by bits
   __shared__ Fixed fixed;
   __shared__ __align__(16) unsigned char policy[sizeof(P)];
   const TraceData& trace = launch.trace;
@@ -25,30 +26,49 @@ __global__ void __launch_bounds__(team_threads, 2) play_kernel(const __grid_cons
     const Unit* unit = launch.units + u;
     copy_words(&fixed.unit, unit);
     copy_words(&fixed.layer, launch.layers + unit->layer);
+    copy_words(&fixed.progress, launch.progress + u);
     for (unsigned i = threadIdx.x; i < sizeof(P); i += team_threads)
       policy[i] = reinterpret_cast<const unsigned char*>(points + unit->point)[i];
     if (threadIdx.x == 0) {
       fixed.trace = launch.trace, fixed.settings = launch.settings;
       fixed.row = carve_row(memory, streamed, trace.key_dim, trace.value_dim, trace.group);
       fixed.row.probabilities = unit->probabilities;
-      fixed.units = launch.units, fixed.progress = launch.progress + u;
-      const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group);
-      fixed.logits = launch.shared_logits > 0 ? reinterpret_cast<float*>(memory + row_bytes) : unit->logits;
-      fixed.logit_stride = launch.shared_logits > 0 ? launch.shared_logits : logit_stride(unit->capacity);
+      fixed.units = launch.units;
+      fixed.logits = unit->logits, fixed.logit_stride = logit_stride(unit->capacity);
       fixed.streamed = streamed;
     }
     __syncthreads();
-    Player<P> player(fixed, *reinterpret_cast<const P*>(policy));
-    player.phase = launch.phase, player.block = launch.block, player.block_first = launch.first;
-    player.now = (launch.probing ? launch.first : launch.last) - 1;
-    if (launch.stage == Stage::steps)
-      Steps<P>(launch, player).run();
-    else
-      Stages<P>(launch, player).run();
+    const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group);
+    const int size = play(fixed, *reinterpret_cast<const P*>(policy), memory + row_bytes);
     __syncthreads();
-    if (threadIdx.x == 0) fixed.progress->size = player.size;
+    if (threadIdx.x == 0) fixed.progress.size = size;
+    __syncthreads();
+    copy_words(launch.progress + u, &fixed.progress);
     __syncthreads();
   }
+}
+
+template <class P>
+__global__ void __launch_bounds__(team_threads, 2) stage_kernel(const __grid_constant__ Launch launch, const P* points) {
+  play_units(launch, points, [&](Fixed& fixed, const P& policy, char*) {
+    Player<P> player(fixed, policy);
+    player.phase = launch.phase, player.block = launch.block, player.block_first = launch.first;
+    player.now = (launch.probing ? launch.first : launch.last) - 1;
+    Stages<P>(launch, player).run();
+    return player.size;
+  });
+}
+
+template <class P>
+__global__ void __launch_bounds__(team_threads, 2) step_kernel(const __grid_constant__ Launch launch, const P* points) {
+  play_units(launch, points, [&](Fixed& fixed, const P& policy, char* memory) {
+    const StepRecords<P> records(fixed, policy.traits(), memory, launch.record_bytes, launch.step_slots);
+    Player<P> player(fixed, policy);
+    Steps<P>(launch, player).run();
+    __syncthreads();
+    records.give_back(player.size);
+    return player.size;
+  });
 }
 
 }  // namespace kv

@@ -53,7 +53,8 @@ struct SlotLoop {
   const float *const logits, *const bias, *const probe;
   float log_sum[stream_heads];  // of the heads of the latest row, where they fit
 
-  __device__ SlotLoop(const Fixed& f, int now_)
+  /// `sums`: the row's log-sum-exps.
+  __device__ SlotLoop(const Fixed& f, int now_, const float (&sums)[stream_heads])
       : info(f.unit.info),
         protect(f.unit.protect),
         now(now_),
@@ -65,7 +66,7 @@ struct SlotLoop {
         bias(f.unit.bias),
         probe(f.unit.probe) {
 #pragma unroll
-    for (int g = 0; g < stream_heads; ++g) log_sum[g] = g < info.group ? f.row.log_sum[g] : 0.f;
+    for (int g = 0; g < stream_heads; ++g) log_sum[g] = sums[g];
   }
 
   __device__ SlotView<Slot> view(int s, float key_probe = 0) const {
@@ -164,6 +165,35 @@ struct Player : Play {
     __syncthreads();
   }
 
+  /// A token becomes slot size - 1, which the caller made room for: `key` and `value` are its rows. By the clerk's warp.
+  __device__ void append_one(int token, const void* key, const void* value) const {
+    const int slot = size - 1, lane = static_cast<int>(threadIdx.x % 32);
+    copy_row(unit.keys, trace.elements, trace.key_dim, slot, key, 0, lane, 32);
+    copy_row(unit.values, trace.elements, trace.value_dim, slot, value, 0, lane, 32);
+    if (lane == 0) {
+      unit.token[slot] = token, unit.multiplicity[slot] = 1;
+      unit.order[slot] = unit.rank[slot] = slot;
+      if (!absolute()) unit.rotated_at[slot] = -1;
+      state(slot) = Slot{};
+      unit.stays[slot] = 1, unit.parent[token] = token;
+      unit.slots_at[block] = size;
+    }
+    __syncwarp();
+    if constexpr (detail::declares_on_append<P>) row_hook(fixed, policy, size, now, phase, block, slot, true);
+  }
+  /// on_append or on_evict of one slot, by one warp. Not inlined, and of few words, so that the caller's stay in registers.
+  static __device__ __noinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
+                                               int slot, bool appends) {
+    Player player(fixed, policy);
+    player.size = size, player.now = now, player.phase = phase, player.block = block;
+    Head h = player.head();
+    if constexpr (detail::declares_on_append<P>)
+      if (appends) policy.on_append(WarpRows{}, h, slot);
+    if constexpr (detail::declares_on_evict<P>)
+      if (!appends) policy.on_evict(WarpRows{}, h, slot);
+    __syncwarp();
+  }
+
   /// unit.bias of slots [0, n); those beyond `size` belong to a probed block and have none. Gives a barrier.
   __device__ const float* biases(int n) {
     if constexpr (!detail::declares_log_bias<P>) return nullptr;
@@ -196,13 +226,21 @@ struct Player : Play {
     return p;
   }
 
+  /// The latest row's log-sum-exps, of groups that fit.
+  __device__ void log_sums(float (&sums)[stream_heads]) const {
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g) sums[g] = g < trace.group ? row.log_sum[g] : 0.f;
+  }
+
   /// on_attention of the row just attended, for every slot: a thread's own ones only, so without a barrier.
-  __device__ void observe_row() {
+  __device__ void observe_row() const {
     if constexpr (detail::declares_on_attention<P>) {
-      const SlotLoop<P> slots(fixed, now);
-      if (slots.info.group <= stream_heads)
+      if (trace.group <= stream_heads) {
+        float sums[stream_heads];
+        log_sums(sums);
+        const SlotLoop<P> slots(fixed, now, sums);
         team.for_each(size, [&](int s) { slots.observe(policy, s); });
-      else
+      } else
         team.for_each(size, [&](int s) {
           float* sums = unit.sums + static_cast<long>(s) * trace.group;
           for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
@@ -289,25 +327,31 @@ struct Player : Play {
     remove_many([&](int from, int to) { state(to) = state(from); });
   }
 
-  /// `with_places`: else order and rank are left behind, for find_order() to make again.
-  __device__ void drop_one(int victim, bool with_places = true) {
-    if constexpr (detail::declares_on_evict<P>) {
-      Head h = head();
-      if (threadIdx.x < 32) policy.on_evict(WarpRows{}, h, victim);
-      __syncthreads();
-    }
+  __device__ void drop_one(int victim) {
     const int last = size - 1;
-    remove_one(victim, with_places);
-    if (threadIdx.x == 0) {
-      if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
-      unit.stays[last] = 1;
-    }
+    let_go(victim, true, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim));
     __syncthreads();
   }
 
-  /// Folds the one victim of a compression that had no need to sort.
+  /// `key` and `value`: the last slot's rows, which take the victim's place. Without `with_places` order and rank are left
+  /// behind, for find_order() to make again. Needs a barrier before, one must follow: but the clerk knows all that he books,
+  /// and the warp that streams the slot has its row.
+  __device__ void let_go(int victim, bool with_places, const void* key, const void* value) {
+    if constexpr (detail::declares_on_evict<P>) {
+      if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim, false);
+      __syncthreads();
+    }
+    const int last = size - 1;
+    remove_one(victim, with_places, key, value);
+    if (!is_clerk()) return;
+    if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
+    unit.stays[last] = 1;
+  }
+
+  /// Folds the one victim of a compression that had no need to sort. Needs and gives a barrier.
   static __device__ __noinline__ void fold_victim(Player& p, int victim) {
     if constexpr (detail::declares_on_merge<P>) {
+      if (is_clerk()) p.unit.stays[victim] = 0, p.unit.target[victim] = -1;
       Head h = p.head();
       fold_one(p, h, victim);
     }

@@ -5,9 +5,12 @@
 namespace kv {
 
 constexpr int team_threads = 256, team_warps = team_threads / 32;
-constexpr int stream_tile = 16;              // slots that a warp takes at a time
-constexpr int stream_heads = 8;              // most query heads of a group that can be streamed
-constexpr int stream_ring_bytes = 512 * 16;  // of a warp: a tile of keys and one of values, up to 128 channels each
+constexpr int stream_warps = 4;  // the first warps of a team: they stream the cache, while the others serve the step
+constexpr int stream_depth = 1;  // tiles of 128 channels that a warp has under way; of 64, twice as many
+constexpr int stream_tile = 16;  // slots that a warp takes at a time
+constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
+constexpr int stream_ring_bytes = stream_depth * stream_tile * 512;  // of a warp: tiles of keys and of values
+constexpr int input_buffers = 3;  // a step's inputs: of the one before, the present one, and the next
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -31,11 +34,14 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + (team_warps + 3) * group * 4 + 16;
-  if (streamed)
-    bytes += team_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) +
-             (4 + stream_heads) * query_pitch(stream_width(key_dim, value_dim)) * 2;
-  return (bytes + 15) / 16 * 16;
+  int bytes = group * value_dim * 4 + 2 * group * 4;
+  if (streamed) {
+    const int width = stream_width(key_dim, value_dim);
+    bytes += stream_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) +
+             (4 + 2 * stream_heads) * query_pitch(width) * 2 +           // the probe's parts, and queries
+             input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
+  }
+  return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }
 
 /// Bytes of shared memory that a team's own data and the runtime take beside it, at most.

@@ -106,12 +106,8 @@ class Stages {
 
   __device__ void append() {
     p_.append(args_.first, args_.last);
-    after_append(args_.block);
-    if (threadIdx.x == 0) p_.progress.attended = p_.size;
+    if (threadIdx.x == 0) p_.unit.slots_at[args_.block] = p_.size, p_.progress.attended = p_.size;
     if (watches()) add_statistics(args_.first, args_.last);
-  }
-  __device__ void after_append(int step) const {
-    if (threadIdx.x == 0) p_.unit.slots_at[step] = p_.size;
   }
   __device__ bool watches() const {
     if (p_.phase == Phase::prompt) return p_.traits().observes_prompt;
@@ -139,7 +135,8 @@ class Stages {
     for (int i = static_cast<int>(threadIdx.x / 32); i < args_.row_count * group; i += team_warps) {
       const int r = i / group, g = i % group, token = args_.rows[r], m = p_.settings.measured_of_token[token];
       if (m < 0) continue;
-      measure_head(p_.fixed, g, m, token, unit.block_output + static_cast<long>(i) * dv, unit.block_lse[i]);
+      measure_head(p_.fixed, g, m, token, unit.block_output + static_cast<long>(i) * dv, full_output_of(p_.fixed, g, m),
+                   static_cast<double>(unit.block_lse[i]));
     }
     if (!p_.settings.mass) return;
     __syncthreads();
@@ -148,7 +145,7 @@ class Stages {
       if (m < 0) continue;
       const float* bias = p_.biases(p_.size);
       p_.look_at(token, bias);  // rows of the block that come later are hidden
-      p_.attend_apart(false);
+      p_.attend_apart(token);
       mass(m, token, bias);
     }
   }

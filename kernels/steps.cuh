@@ -1,6 +1,13 @@
 // Tokens that come alone, one after the other in one launch: append, attend, measure, observe, score, and let one go.
+//
+// A step at a full cache has two barriers. Before the first, some warps stream the cache; the others measure the step
+// before, book the new token and fetch the next one's inputs. Then every thread knows the row's log-sum-exps, observes and
+// scores its own slots. After the second barrier everyone knows who goes; the newest row takes that place in memory, and in
+// the tile that is already under way for the next step. What needs more - biases, probes, rotations, merges - adds barriers.
 #pragma once
 #include "kernels/stages.cuh"
+#include "kernels/step_inputs.cuh"
+#include "kernels/step_records.cuh"
 
 namespace kv {
 
@@ -8,131 +15,260 @@ namespace kv {
 template <class P>
 class Steps : Stages<P> {
  public:
-  __device__ Steps(const Launch& launch, Player<P>& player) : Stages<P>(launch, player) {}
+  __device__ Steps(const Launch& launch, Player<P>& player)
+      : Stages<P>(launch, player),
+        prepares_(!p_.fixed.streamed || !p_.absolute() || p_.traits().key_probe || detail::declares_log_bias<P> ||
+                  p_.layer.window > 0 || p_.traits().future_queries.horizon > 0 || p_.traits().future_mass) {}
 
   /// Tokens [first, last) one by one.
   __device__ void run() {
+    begin();
     for (int token = args_.first; token < args_.last; ++token) {
-      const int step = args_.block + token - args_.first;
-      p_.now = token, p_.block_first = token, p_.block = step;
+      p_.now = token, p_.block_first = token, p_.block = args_.block + token - args_.first;
       p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
-      const bool compresses = (token + 1 < args_.last || args_.last_compresses);
-      take(token, step, compresses);
+      ++p_.size;
+      take(token, token + 1 < args_.last || args_.last_compresses);
     }
     await_copies<0>();
+    __syncthreads();
+    measure_step();
     know_places();
-    if (threadIdx.x == 0) p_.progress.attended = p_.size;
+    if (p_.is_clerk()) p_.progress.attended = p_.size;
   }
 
  private:
   using Stages<P>::args_;
   using Stages<P>::p_;
   using Stages<P>::add_statistics;
-  using Stages<P>::after_append;
   using Stages<P>::links;
   using Stages<P>::look_around;
   using Stages<P>::mass;
   using Stages<P>::watches;
 
-  __device__ void take(int token, int step, bool compresses) {
-    start_clock();
-    if (token + 1 < args_.last) p_.expect(token + 1);
-    p_.append(token, token + 1);
-    after_append(step);
-    stop_clock(step, TimedPhase::append);
-    if (watches()) add_statistics(token, token + 1);
-    const int m = p_.settings.measured_of_token[token];  // attended, if timed, and no more
-    const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
-    const bool due = p_.due(token);
-    row_of_ = -1, p_.probe_known = false;
-    bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
-    if (m >= 0 || observes) {
-      attend<true>(token, 0x7fffffff, due, m >= 0 && p_.settings.mass);
-      stop_clock(step, TimedPhase::attend);
-      if (m >= 0 && !args_.timed) measure_row(p_, m, token);
-      if (m >= 0 && p_.settings.mass) {
-        mass(m, token, bias_);
-        row_of_ = -1;
-        if (observes) attend(token, 0x7fffffff, due, false);
-      }
-      start_clock();
+  __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }
+  __device__ StepInputs inputs() const { return {p_}; }
+
+  __device__ void begin() {
+    if (p_.fixed.streamed) {  // beyond the group and the dimension queries stay zeros
+      const int words = stream_heads * query_pitch(stream_width(p_.trace.key_dim, p_.trace.value_dim)) / 2;
+      for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
+        for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
-    if (due && compresses) {
-      compress_step(token, step, observes);
-    } else if (observes) {
-      p_.observe_row();
-      __syncthreads();
-      stop_clock(step, TimedPhase::observe);
-    }
+    __syncthreads();
+    if (!streams_now()) fetch(args_.first);
+    await_copies<0>();
+    __syncthreads();
   }
 
-  /// Attends one token's queries over the cache. With `scores`, the policy's key probe goes along.
-  template <bool here = false>
-  __device__ __forceinline__ void attend(int token, int newest_key, bool scores, bool again) {
+  __device__ void take(int token, bool compresses) {
+    const int m = p_.fixed.measured[token & 1];  // attended, if timed, and no more
+    const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
+    const bool due = p_.due(token), attends = m >= 0 || observes;
+    const bool prepares = prepares_ || !own_look_ || !attends;
+    row_of_ = -1, p_.probe_known = false;
+    bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
+    start_clock();
+    if (prepares) prepare(token, attends, due);
+    stop_clock(TimedPhase::append);
+    if (attends)
+      pass(token, !prepares);
+    else if (!streams_now())
+      serve(token);
+    stop_clock(TimedPhase::attend);
+    measured_ = args_.timed ? -1 : m, measured_token_ = token;
+    if (m >= 0 && p_.settings.mass) measure_mass_too(token, m, observes);
+    if (due && compresses) return compress_step(token, observes);
+    if (observes) observe();
+    __syncthreads();
+    if (p_.streams_slot(p_.size - 1)) p_.patch(p_.size - 1, inputs().key(token), inputs().value(token));
+    stop_clock(TimedPhase::observe);
+  }
+
+  /// What has to be known before anyone attends, when it is not the same from step to step. Gives a barrier.
+  __device__ void prepare(int token, bool attends, bool due) {
+    if (p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
+    __syncthreads();
+    if (watches()) add_statistics(token, token + 1);
+    if (!attends) return;
+    look(token, 0x7fffffff, due);
+    if (!p_.fixed.streamed) return;
+    if (!p_.absolute() || p_.traits().future_mass) stage_queries(p_.fixed.look, p_.row.queries[token & 1]);
+    if (p_.probe_known && p_.is_clerk_warp())
+      p_.trace.elements == Dtype::float16 ? split_probe<__half>(p_.fixed.look, p_.row.stream.probe)
+                                          : split_probe<__nv_bfloat16>(p_.fixed.look, p_.row.stream.probe);
+    __syncthreads();
+  }
+
+  /// Sets what one token's queries look at. With `scores`, the policy's key probe goes along, where the keys that are
+  /// attended are those that hooks see.
+  __device__ void look(int token, int newest_key, bool scores) {
     bias_ = p_.biases(p_.size);
-    // Only where the keys that are attended are those that hooks see.
     const bool probes = p_.traits().key_probe && scores && p_.absolute();
     p_.look_at(token, bias_, newest_key, probes ? p_.unit.probe : nullptr);
     p_.probe_known = p_.probe_known || probes;
-    if constexpr (here)
-      p_.template attend<true>(!again, probes);
-    else
-      p_.attend_apart(!again);
-    row_of_ = newest_key < p_.now ? -1 : token;
+    own_look_ = token == p_.now && newest_key == 0x7fffffff;
   }
 
-  __device__ void compress_step(int token, int step, bool observes) {
+  /// The step's row: logits, log-sum-exps in log_sum_, outputs. `appends`: the token is booked meanwhile. Outputs need a
+  /// barrier.
+  __device__ __forceinline__ void pass(int token, bool appends) {
+    row_of_ = token;
+    if (!p_.fixed.streamed) {
+      if (!streams_now()) serve(token);
+      p_.attend_apart(token);
+      p_.log_sums(log_sum_);
+      return;
+    }
+    const int last = p_.size - 1;
+    const RowNow now{last, token, p_.row.queries[token & 1],
+                     p_.absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
+                     inputs().value(token)};
+    const bool next = p_.absolute() && !p_.settings.mass && !p_.traits().future_mass;
+    if (streams_now()) {
+      const int stale = p_.stale;
+      if (stale >= 0 && stale < last && p_.streams_slot(stale))
+        p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
+      stream(now, next);
+    } else {
+      if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
+      p_.attention().newest_slot(p_.fixed.look, now, p_.row);
+      serve(token);
+    }
+    p_.stale = -1;
+    if (wide())
+      Stream<__nv_bfloat16, 128, false>::advance(p_.ring, last, next);
+    else
+      Stream<__nv_bfloat16, 64, false>::advance(p_.ring, last, next);
+    __syncthreads();
+    p_.attention().combine(p_.fixed.look, now, p_.row, log_sum_);
+  }
+
+  __device__ bool wide() const { return stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64; }
+
+  /// bfloat16 is inlined, the rest is called.
+  __device__ __forceinline__ void stream(const RowNow& now, bool next) {
+    const RowLook& look = p_.fixed.look;
+    const StreamMemory& memory = p_.row.stream;
+    if (p_.trace.elements == Dtype::float16 || p_.probe_known) {
+      Ring ring = p_.ring;
+      const RowNow copy = now;
+      if (p_.trace.elements == Dtype::float16)
+        wide() ? stream_row<__half, 128>(look, copy, memory, ring, next)
+               : stream_row<__half, 64>(look, copy, memory, ring, next);
+      else
+        wide() ? stream_row<__nv_bfloat16, 128>(look, copy, memory, ring, next)
+               : stream_row<__nv_bfloat16, 64>(look, copy, memory, ring, next);
+      p_.ring = ring;
+    } else if (wide()) {
+      stream_here<__nv_bfloat16, 128, false>(look, now, memory, p_.ring, next);
+    } else {
+      stream_here<__nv_bfloat16, 64, false>(look, now, memory, p_.ring, next);
+    }
+  }
+
+  /// What the warps that do not stream do for the steps before and after.
+  __device__ void serve(int token) {
+    measure_step();
+    if (token + 1 < args_.last) fetch(token + 1);
+    await_copies<0>();
+  }
+  __device__ void fetch(int token) const {
+    const int m = p_.settings.measured_of_token[token], row = p_.layer.row_of_token[token];
+    if (p_.fixed.streamed) inputs().fetch(token, m, row);
+    if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
+  }
+
+  /// Compares the outputs of the last row that was measured, which is a step back or the present one. Needs a barrier before.
+  __device__ void measure_step() {
+    if (measured_ < 0 || streams_now()) return;
+    const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
+    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps)
+      measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
+                   inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
+  }
+
+  __device__ void measure_mass_too(int token, int m, bool observes) {
+    __syncthreads();
+    measure_step();
+    measured_ = -1;
+    __syncthreads();
+    mass(m, token, bias_);
+    row_of_ = -1, own_look_ = false;
+    if (observes) attend_again(token, 0x7fffffff);
+  }
+
+  /// A row besides the step's own. Gives a barrier.
+  __device__ void attend_again(int token, int newest_key) {
+    look(token, newest_key, false);
+    p_.attend_apart(token);
+    if (p_.fixed.streamed) p_.log_sums(log_sum_);
+    row_of_ = newest_key < p_.now ? -1 : token;
+    own_look_ = false;
+  }
+
+  /// on_attention of the step's row, for a thread's own slots.
+  __device__ void observe() const {
+    if (p_.trace.group > stream_heads) return p_.observe_row();
+    const SlotLoop<P> slots(p_.fixed, p_.now, log_sum_);
+    const P policy = p_.policy;
+    p_.team.for_each(p_.size, [&](int s) { slots.observe(policy, s); });
+  }
+
+  __device__ void compress_step(int token, bool observes) {
     if (evicts_one()) {
       const int victim = observe_and_rank(token, observes);
-      stop_clock(step, TimedPhase::score);
+      stop_clock(TimedPhase::score);
       if (victim >= 0) {
-        fold_or_count(victim);
-        placeless_ = placeless_ || goes_without_places();
-        p_.drop_one(victim, !placeless_);
-        if (threadIdx.x == 0) ++p_.progress.compressions;
-        stop_clock(step, TimedPhase::compact);
+        drop(token, victim);
+        stop_clock(TimedPhase::compact);
         return;
       }
-    } else if (observes) {
-      p_.observe_row();
+    } else {
+      if (observes) observe();
       __syncthreads();
-      stop_clock(step, TimedPhase::observe);
+      stop_clock(TimedPhase::observe);
     }
     know_places();
     for (bool more = true; more;) {
       start_clock();
       const int rows = look_window(token);
-      stop_clock(step, TimedPhase::observe);
+      stop_clock(TimedPhase::observe);
       look_around();
       Player<P>::score(p_, rows);
-      stop_clock(step, TimedPhase::score);
+      stop_clock(TimedPhase::score);
       classify(p_.fixed, p_.size, p_.now, links(), buffer_);
       if (args_.together) meet();
       p_.compress(buffer_, rows);
       if (args_.together) buffer_ ^= 1;
-      stop_clock(step, TimedPhase::compact);
+      stop_clock(TimedPhase::compact);
       more = p_.over_budget();
       row_of_ = -1, p_.probe_known = false;  // slots have moved
     }
-    if (threadIdx.x == 0) ++p_.progress.compressions;
+    if (p_.is_clerk()) ++p_.progress.compressions;
     __syncthreads();
   }
 
   __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
 
-  /// What becomes of a victim that is known: it joins its target, or is counted.
-  __device__ void fold_or_count(int victim) {
-    if (!merges()) {
-      if (threadIdx.x == 0) ++p_.progress.evictions;
-      return;
+  /// The victim joins its target or is counted, and goes. Needs a barrier before, one must follow.
+  __device__ void drop(int token, int victim) {
+    const int last = p_.size - 1;
+    const void *key = inputs().key(token), *value = inputs().value(token);
+    if (merges()) {
+      if constexpr (detail::declares_on_merge<P>) {
+        Player<P> copy = p_;
+        Player<P>::fold_victim(copy, victim);
+        p_.follow(copy);
+      }
+      key = p_.at(p_.unit.keys, last, p_.trace.key_dim);  // the newest slot may have been folded into
+      value = p_.at(p_.unit.values, last, p_.trace.value_dim);
+    } else if (p_.is_clerk()) {
+      ++p_.progress.evictions;
     }
-    if constexpr (detail::declares_on_merge<P>) {
-      if (threadIdx.x == 0) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
-      __syncthreads();
-      Player<P> copy = p_;
-      Player<P>::fold_victim(copy, victim);
-      p_.follow(copy);
-    }
+    placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
+    p_.let_go(victim, !placeless_, key, value);
+    if (p_.is_clerk()) ++p_.progress.compressions;
+    if (merges()) __syncthreads();  // the clerk's next row goes where the newest one is read
   }
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
@@ -148,26 +284,23 @@ class Steps : Stages<P> {
   }
 
   /// One pass over the slots: on_attention, the window's statistic where the window is this row, score. Returns the slot
-  /// that must go, the lowest score, of equals the newest; -1 when all are safe.
+  /// that must go, the lowest score, of equals the newest; -1 when all are safe. Gives a barrier.
   __device__ int observe_and_rank(int token, bool observes) {
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     if (window && (row_of_ != token || bias_moved_ || p_.traits().window_past)) {
-      if (observes) {
-        p_.observe_row();
-        __syncthreads();
-        observes = false;
-      }
-      attend(token, p_.traits().window_past ? token - 1 : 0x7fffffff, false, true);
+      if (observes) observe();
+      observes = false;
+      __syncthreads();
+      attend_again(token, p_.traits().window_past ? token - 1 : 0x7fffffff);
     }
     p_.know_probe();
     auto head = p_.head();
-    const SlotLoop<P> slots(p_.fixed, p_.now);
+    const SlotLoop<P> slots(p_.fixed, p_.now, log_sum_);
     const P policy = p_.policy;
     const bool together = observes && slots.info.group <= stream_heads;  // observed in the pass that scores
     unsigned long long mine = ~0ull;
     int slot = -1;
-    const auto rank = [&](int s, float score, std::uint8_t safety, int slot_token) {
-      if (safety != safety_normal) return;
+    const auto rank = [&](int s, float score, int slot_token) {
       const unsigned long long key =
           static_cast<unsigned long long>(Cut::key_of(score)) << 31 | static_cast<unsigned>(0x7fffffff - slot_token);
       if (key < mine) mine = key, slot = s;
@@ -177,35 +310,33 @@ class Steps : Stages<P> {
       const float score = checked_score(p_.fixed, score_of(policy, slots, head, s), s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
-        p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : 0, p_.unit.safety_at[buffer_][s] = safety;
-      else
-        rank(s, score, safety, slot_token);
+        p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
+      else if (safety == safety_normal)
+        rank(s, score, slot_token);
     };
-    if (window) p_.sum_row(true, 0, true);
-    if (detail::declares_score_in<P> || !together) {  // score_in may read what its neighbours saw
-      if (observes) p_.observe_row();
+    if (window) {
+      p_.sum_row(true, 0, true);
+      __syncthreads();  // score_in may read what its neighbours saw
+    }
+    if (observes && (detail::declares_score_in<P> || !together)) {
+      observe();
       __syncthreads();
-      p_.team.for_each(p_.size, look_at_slot);
-    } else {
+      observes = false;
+    }
+    if (observes)
       p_.team.for_each(p_.size, [&](int s) {
         slots.observe(policy, s);
         look_at_slot(s);
       });
-    }
+    else
+      p_.team.for_each(p_.size, look_at_slot);
     if (args_.together) {  // heads that keep the same tokens keep them in the same slots
       meet();
-      p_.team.for_each(p_.size, [&](int s) {
-        std::uint8_t safety = 0;
-        const float score = sum_over_heads(p_.fixed, buffer_, s, safety);
-        rank(s, score, safety, slots.token[s]);
-      });
+      each_sum_over_heads(p_.fixed, buffer_, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
       buffer_ ^= 1;
     }
-    const unsigned long long least = p_.team.min_key(mine);
-    if (least == ~0ull) return -1;
-    if (mine == least) p_.team.memory->number = slot;
-    __syncthreads();
-    return p_.team.memory->number;
+    turn_ ^= 1;
+    return p_.team.slot_of_least(mine, slot, turn_);
   }
 
   template <class Head>
@@ -218,11 +349,6 @@ class Steps : Stages<P> {
       return 0;
   }
 
-  /// Whether nothing in these steps asks for places: then they are made again at the end.
-  __device__ bool goes_without_places() const {
-    return detail::declares_score<P> && !detail::declares_on_append<P> && !detail::declares_on_evict<P> &&
-           p_.absolute() && !p_.settings.mass && !p_.traits().future_mass && !merges();
-  }
   __device__ void know_places() {
     if (placeless_) Play::find_order(p_.fixed, p_.size, p_.now);
     placeless_ = false;
@@ -235,8 +361,7 @@ class Steps : Stages<P> {
     const int rows = min(window, token + 1), first = token + 1 - rows;
     const int newest_key = p_.traits().window_past ? first - 1 : 0x7fffffff;
     for (int r = 0; r < rows; ++r) {
-      if (row_of_ != first + r || bias_moved_ || p_.traits().window_past)
-        attend(first + r, newest_key, false, r + 1 < rows);
+      if (row_of_ != first + r || bias_moved_ || p_.traits().window_past) attend_again(first + r, newest_key);
       p_.sum_row(true, rows - 1 - r, r == 0);
       __syncthreads();
     }
@@ -246,11 +371,11 @@ class Steps : Stages<P> {
   /// All heads of the layer have come this far. Blocks of a layer are resident together: the launch is cooperative.
   __device__ void meet() {
     __syncthreads();
+    ++meetings_;
     if (threadIdx.x == 0) {
       int* arrivals = args_.meeting + p_.unit.first_head;
       __threadfence();
       atomicAdd(arrivals, 1);
-      ++meetings_;
       while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) __nanosleep(32);
       __threadfence();
     }
@@ -260,19 +385,23 @@ class Steps : Stages<P> {
   __device__ void start_clock() {
     if (args_.timed && threadIdx.x == 0) p_.fixed.clock = clock64();
   }
-  __device__ void stop_clock(int step, TimedPhase phase) {
+  __device__ void stop_clock(TimedPhase phase) {
     if (!args_.timed) return;
     __syncthreads();
     if (threadIdx.x != 0) return;
     const long long now = clock64();
-    p_.unit.clocks[step * timed_phases + static_cast<int>(phase)] += static_cast<unsigned>(now - p_.fixed.clock);
+    p_.unit.clocks[p_.block * timed_phases + static_cast<int>(phase)] += static_cast<unsigned>(now - p_.fixed.clock);
     p_.fixed.clock = now;
   }
 
+  const bool prepares_;                // every step does
+  float log_sum_[stream_heads] = {};   // of the latest row, for groups that fit
   const float* bias_ = nullptr;
-  int row_of_ = -1;  // token whose row the logits are of
+  int row_of_ = -1;                    // token whose row the logits are of
+  int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
+  bool own_look_ = false;              // fixed.look is that of a step's own row
   bool bias_moved_ = false;
-  int buffer_ = 0, meetings_ = 0;
+  int buffer_ = 0, turn_ = 0, meetings_ = 0;
   bool placeless_ = false;  // order and rank were left behind
 };
 

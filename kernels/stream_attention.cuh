@@ -1,12 +1,12 @@
-// One query row per head of a group against a long cache, near the read bandwidth of the card: what a decode step is made
+// One query row per head of a group against a long cache, at the read bandwidth of the card: what a decode step is made
 // of. Keys and values are read once, by asynchronous copies of 512 neighbouring bytes a warp (in any other order of lanes
 // such a copy moves every sector twice), into a ring that is the warp's own: there is no barrier between memory and tensor
-// cores, and rows are swizzled so that there is no bank conflict either.
+// cores, and rows are swizzled so that there is no bank conflict either. The ring goes on over rows: what a warp will need
+// first for the next row is under way while hooks run, and a slot that changes meanwhile is patched in the ring.
 //
-// Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot
-// product, and of output channels, is free: each lane takes 8 neighbouring channels of a row as one load. Of the 16 rows of
-// the queries 8 are heads; the others hold the policy's probe vector in three parts (24 bits of it). Probabilities enter the
-// second product as two 16-bit words.
+// Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot product
+// is free: each lane takes 8 neighbouring channels of a row as one load. A policy's probe vector goes along as three more
+// rows (24 bits of it). Probabilities enter the second product as two 16-bit words.
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/team.cuh"
@@ -14,16 +14,16 @@
 
 namespace kv {
 
-/// The queries of one token, and what they look at. Slots [0, slots) are streamed.
+/// What a token's queries look at, apart from what moves from token to token.
 struct RowLook {
   const void *keys = nullptr, *values = nullptr;
   const void* query = nullptr;  // head g's row: query + g * query_stride elements
   long query_stride = 0;
-  int slots = 0, key_dim = 0, value_dim = 0, group = 1;
+  int key_dim = 0, value_dim = 0, group = 1;
   float scale = 1, softcap = 0;
   const float* bias = nullptr;  // [slots] or null
   const int* token = nullptr;   // [slots], read only when `masked`
-  int query_token = 0, newest_key = 0x7fffffff, window = 0;
+  int newest_key = 0x7fffffff, window = 0;
   bool masked = false;
   float* logits =
       nullptr;  // [group][logit_stride], null = not wanted; without bias, -infinity where hidden; pairs aligned
@@ -31,10 +31,17 @@ struct RowLook {
   const float* probe_vector = nullptr;  // [key_dim] or null
   float* probe = nullptr;               // [slots] key . probe_vector
 
-  __device__ bool hidden(int slot) const {
+  __device__ bool hidden(int slot, int query_token) const {
     const int t = token[slot];
     return t > query_token || t > newest_key || (window > 0 && query_token - t >= window);
   }
+};
+
+/// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
+struct RowNow {
+  int slots, query_token;
+  const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory at turned_channel(c), zeros beyond the group
+  const void *newest_key, *newest_value;  // rows of slot `slots`
 };
 
 /// Running maximum (in units of log 2) and sum of one warp's part of a softmax, for one head.
@@ -44,12 +51,22 @@ struct SoftmaxPart {
 
 /// Shared memory of a stream.
 struct StreamMemory {
-  uint4* ring;             // [team_warps][2][8 * 32]: a tile of keys and one of values per warp
-  SoftmaxPart* parts;      // [team_warps][group]
-  float* partial;          // [team_warps][group][value_dim padded to stream_pitch]
-  unsigned* probe;         // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
-  std::uint16_t* queries;  // [stream_heads][query_pitch] the group's queries, zeros beyond
+  uint4* ring;          // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
+  SoftmaxPart* parts;   // [stream_warps][group]
+  float* partial;       // [stream_warps][group][value_dim padded to stream_pitch]
+  unsigned* probe;      // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
+
+/// Where a warp's ring stands.
+struct Ring {
+  bool running = false;  // the first tiles of the next row are under way
+  int stage = 0;         // of this warp, that the next row begins with
+  int tiles = 0;         // of the row that started them
+};
+
+/// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
+/// is a left operand and what it loads of a key two right ones.
+__device__ constexpr int turned_channel(int c) { return (c & ~6) | (c & 2) << 1 | (c & 4) >> 1; }
 
 namespace detail {
 
@@ -66,93 +83,132 @@ __device__ inline float logit_of(const RowLook& look, float dot) {
 template <class Element, int width, bool probing>
 class Stream {
  public:
-  static constexpr int key_chunks = width / 32, value_chunks = width / 64;  // 16-byte loads of a lane per row
-  static constexpr unsigned row_bytes = width * 2, row_chunks = width / 8;
-  static constexpr int copies = stream_tile * row_bytes / 512, rows_a_copy = stream_tile / copies;
+  static constexpr int key_chunks = width / 32, value_blocks = width / 16;
+  static constexpr unsigned row_bytes = width * 2, row_chunks = width / 8, tile_bytes = stream_tile * row_bytes;
+  static constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
+  static constexpr int depth = stream_ring_bytes / (2 * static_cast<int>(tile_bytes));
 
-  __device__ Stream(const RowLook& look, const StreamMemory& memory)
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory)
       : look_(look),
+        now_(now),
         memory_(memory),
-        warp_(static_cast<int>(threadIdx.x / 32)),
-        lane_(threadIdx.x % 32),
-        row_(static_cast<int>(lane_ / 4)),
-        column_(static_cast<int>(lane_ % 4)),
-        slots_(look.slots),
-        tiles_((look.slots + stream_tile - 1) / stream_tile),
-        simple_(look.softcap == 0 && look.bias == nullptr && !look.masked),
-        whole_(look.key_dim == width && look.value_dim == width),
+        tiles_((now.slots + stream_tile - 1) / stream_tile),
+        whole_tiles_(look.key_dim == width && look.value_dim == width ? now.slots / stream_tile : 0),
+        simple_tiles_(look.softcap == 0 && look.bias == nullptr && !look.masked ? now.slots / stream_tile : 0),
         scale_(look.scale),
-        logits_(look.logits && row_ < look.group ? look.logits + static_cast<long>(row_) * look.logit_stride : nullptr),
-        ring_(shared_address(memory.ring + warp_ * 512)),
-        query_(shared_address(memory.queries) + static_cast<unsigned>(row_ * query_pitch(width) + column_ * 8) * 2) {}
+        logits_(look.logits && row() < look.group
+                    ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
+                    : nullptr),
+        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp() * stream_ring_bytes)),
+        query_(keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
+        key_at_(keep(static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
+                     static_cast<unsigned>(row() & 1) * 64)),
+        value_at_(keep((lane() / 16 * 8 + lane() % 8) * row_bytes + ((lane() / 8 & 1) ^ (lane() % 8)) * 16)),
+        copy_at_(keep(place<true>(lane() / row_chunks, lane() % row_chunks))) {}
 
-  __device__ int first_tile() const { return warp_; }
-
-  __device__ __forceinline__ void fetch_keys(int tile) const { fetch<true>(tile, look_.keys, look_.key_dim, ring_); }
-  __device__ __forceinline__ void fetch_values(int tile) const {
-    fetch<false>(tile, look_.values, look_.value_dim, ring_ + 4096);
-  }
-
-  /// Starts the warp's first tile.
-  __device__ void begin() const {
-    if (first_tile() >= tiles_) return;
-    fetch_keys(first_tile());
-    fetch_values(first_tile());
-  }
-
-  /// The whole row. The warp's first tile must be under way (begin()). `next`: start the first tile again at the end, for
-  /// the next row over the same cache.
-  __device__ __forceinline__ void run(bool next) {
+  /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
+  /// row over the same cache. advance() must follow.
+  __device__ __forceinline__ void run(Ring& ring, bool next) {
+    if (!ring.running) {
+      await_copies<0>();
+      __syncwarp();
+      ring.stage = 0;
+#pragma unroll
+      for (int i = 0; i < depth; ++i) {
+        const unsigned at = ring_ + static_cast<unsigned>(i) * 2 * tile_bytes;
+        fetch<true>(warp() + i * stream_warps, at);
+        fetch<false>(warp() + i * stream_warps, at + tile_bytes);
+      }
+    }
+    const int first_again = next && goes_on(tiles_) ? my_tiles() * stream_warps : 0;
+    auto stage = static_cast<unsigned>(ring.stage);
 #pragma unroll 1
-    for (int tile = first_tile(); tile < tiles_; tile += team_warps) {
-      const int after = tile + team_warps < tiles_ ? tile + team_warps : next ? first_tile() : -1;
-      await_copies<1>();
+    for (int tile = warp(); tile < tiles_; tile += stream_warps) {
+      int after = tile + depth * stream_warps;
+      if (after >= tiles_) after = first_again > 0 ? after - first_again : tiles_;
+      const unsigned keys = ring_ + stage * 2 * tile_bytes, values = keys + tile_bytes;
+      await_copies<2 * depth - 1>();
       __syncwarp();  // every lane's copies are there
-      float dots[2][4] = {};
-      dot_keys(dots);
+      float dots[2][2];
+      dot_keys(keys, tile, dots);
       __syncwarp();  // every lane has read its keys
-      if (after >= 0)
-        fetch_keys(after);
-      else
-        close_copies();
+      fetch<true>(after, keys);
       unsigned high[2], low[2];
       soften(tile, dots, high, low);
-      await_copies<1>();
+      await_copies<2 * depth - 1>();
       __syncwarp();
-      add_values(high, low);
+      add_values(values, high, low);
       __syncwarp();
-      if (after >= 0)
-        fetch_values(after);
-      else
-        close_copies();
+      fetch<false>(after, values);
+      if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
     }
     store();
   }
 
- private:
-  /// Where chunk `chunk` of row `row` of a tile lies. A quarter of a warp reads two rows of four neighbouring chunks of keys,
-  /// or one pair of chunks of four rows of values, every other one: each must meet all eight groups of banks.
-  template <bool keys>
-  __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
-    return row * row_bytes + (chunk ^ (keys ? (row & 1) << 2 : (row >> 1 & 3) << 1)) * 16;
+  /// Whether a row of so many tiles can start the next one's: every warp must have that many.
+  __device__ static bool goes_on(int tiles) { return tiles >= depth * stream_warps; }
+
+  /// The ring after run(ring, next) over `slots` slots; by all threads.
+  __device__ static void advance(Ring& ring, int slots, bool next) {
+    const int tiles = (slots + stream_tile - 1) / stream_tile, warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
+    if constexpr (depth > 1) ring.stage = (ring.stage + (tiles - warp + stream_warps - 1) / stream_warps) % depth;
+    ring.running = next && goes_on(tiles), ring.tiles = tiles;
   }
 
-  /// A tile of rows, 512 bytes a copy.
+  /// A row's new content where a running ring already holds the slot; by the warp that it belongs to. `key` and `value` are
+  /// in shared or device memory.
+  __device__ static void patch(const StreamMemory& memory, const Ring& ring, int slot, const RowLook& look,
+                               const void* key, const void* value) {
+    const int tile = slot / stream_tile, turn = tile / stream_warps;
+    if (!ring.running || turn >= depth || tile >= ring.tiles) return;
+    await_copies<0>();
+    __syncwarp();
+    const unsigned stage = static_cast<unsigned>((ring.stage + turn) % depth), row = slot % stream_tile;
+    const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(tile % stream_warps * stream_ring_bytes) +
+                          stage * 2 * tile_bytes;
+    const unsigned chunk = threadIdx.x % 16;
+    const bool keys = threadIdx.x % 32 < 16;
+    if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
+      const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
+      store_shared(base + (keys ? place<true>(row, chunk) : tile_bytes + place<false>(row, chunk)), words);
+    }
+    __syncwarp();
+  }
+
+ private:
+  __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
+  __device__ static unsigned lane() { return threadIdx.x % 32; }
+  __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
+  __device__ static int column() { return static_cast<int>(lane() % 4); }  // a pair of slots, a pair of heads
+
+  /// A number that the compiler shall keep rather than compute again from the thread's index, tile after tile.
+  __device__ static unsigned keep(unsigned x) { return __shfl_sync(~0u, x, static_cast<int>(lane())); }
+
+  /// Where chunk `chunk` of row `row` of a tile lies. A quarter of a warp reads two rows of four neighbouring chunks of keys,
+  /// or the same chunk of eight rows of values: each must meet all eight groups of banks.
   template <bool keys>
-  __device__ __forceinline__ void fetch(int tile, const void* rows, int dim, unsigned to) const {
-    const unsigned row = lane_ / row_chunks, chunk = lane_ % row_chunks;
-    if (whole_ && (tile + 1) * stream_tile <= slots_) {  // neighbours in memory from the first row to the last
+  __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
+    return row * row_bytes + (chunk ^ (keys ? (row & 1) << 2 : row & 7)) * 16;
+  }
+
+  __device__ int my_tiles() const { return (tiles_ - warp() + stream_warps - 1) / stream_warps; }
+
+  /// A tile of rows, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies in any case.
+  template <bool keys>
+  __device__ __forceinline__ void fetch(int tile, unsigned to) const {
+    const void* rows = keys ? look_.keys : look_.values;
+    if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
-          static_cast<const char*>(rows) + static_cast<long>(tile) * (stream_tile * row_bytes) + lane_ * 16;
+          static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
 #pragma unroll
-      for (int i = 0; i < copies; ++i)
-        copy_16(to + place<keys>(row + static_cast<unsigned>(i * rows_a_copy), chunk), from + i * 512);
-    } else {
-      const int first = tile * stream_tile;
+      for (int i = 0; i < copies; ++i) copy_16(copy_place<keys>(to, i), from + i * 512);
+    } else if (tile < tiles_) {
+      const int first = tile * stream_tile, dim = keys ? look_.key_dim : look_.value_dim;
+      const unsigned row = lane() / row_chunks, chunk = lane() % row_chunks;
 #pragma unroll 1
       for (int i = 0; i < copies; ++i) {
         const int slot = first + i * rows_a_copy + static_cast<int>(row);
-        const bool there = slot < slots_ && static_cast<int>(chunk) * 8 < dim;
+        const bool there = slot < now_.slots && static_cast<int>(chunk) * 8 < dim;
         const char* from = static_cast<const char*>(rows) + (static_cast<long>(slot) * dim + chunk * 8) * 2;
         copy_16(to + place<keys>(row + static_cast<unsigned>(i * rows_a_copy), chunk),
                 there ? from : static_cast<const char*>(rows), there);
@@ -161,141 +217,155 @@ class Stream {
     close_copies();
   }
 
-  __device__ __forceinline__ void dot_keys(float (&dots)[2][4]) const {
+  /// place() of this lane's part of copy i. Rows of one copy follow each other, so only bits of the swizzle move: of keys
+  /// none, since the first rows of copies are even.
+  template <bool keys>
+  __device__ unsigned copy_place(unsigned to, int i) const {
+    static_assert(rows_a_copy % 2 == 0);
+    if constexpr (keys) return to + copy_at_ + static_cast<unsigned>(i) * 512;
+    // From a key's swizzle to a value's: chunk ^ (row & 7) instead of chunk ^ (row & 1) << 2.
+    const unsigned first = static_cast<unsigned>(i * rows_a_copy), own = lane() / row_chunks;
+    const unsigned turned = copy_at_ ^ ((own & 1) << 2 ^ (own & 7)) * 16 ^ (first & 7) * 16;
+    return to + turned + first * row_bytes;
+  }
+
+  /// Queries are the left operand, heads its first rows: 16-byte loads hold the words of two products, one in the place of
+  /// rows 0 to 7, one in that of rows 8 to 15, whose other halves are not looked at. In probing the same goes for three
+  /// parts of the policy's vector in the rows of heads.
+  __device__ __forceinline__ void dot_keys(unsigned keys, int tile, float (&dots)[2][2]) const {
+    float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
+    const unsigned probe_at =
+        probing ? shared_address(memory_.probe) +
+                      static_cast<unsigned>((row() < 3 ? row() : 3) * query_pitch(width) + column() * 8) * 2
+                : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
-      const uint4 query = load_shared(query_ + j * 64);
-      uint4 probe{};
-      if constexpr (probing)
-        probe =
-            load_shared(shared_address(memory_.probe) +
-                        static_cast<unsigned>((row_ < 3 ? row_ : 3) * query_pitch(width) + column_ * 8) * 2 + j * 64);
+      const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
+      // Chunk column + 4 j, but for odd rows j and j ^ 1 have changed places.
+      const unsigned at = (keys + key_at_) ^ static_cast<unsigned>(j & 1) * 64;
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const uint4 key = load_shared(
-            ring_ + place<true>(static_cast<unsigned>(t * 8 + row_), static_cast<unsigned>(column_ + 4 * j)));
-        Words<Element>::mma(dots[t], {query.x, probe.x, query.y, probe.y}, key.x, key.y);
-        Words<Element>::mma(dots[t], {query.z, probe.z, query.w, probe.w}, key.z, key.w);
+        const uint4 key = load_shared(at + static_cast<unsigned>(j / 2) * 128 + static_cast<unsigned>(t) * 8 * row_bytes);
+        Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
+        Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
+        if constexpr (probing) {
+          const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
+          Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
+          Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
+        }
       }
     }
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        dots[t][i] = first[t][i] + second[t][2 + i];
+        if constexpr (probing)
+          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i, probe_first[t][i] + probe_second[t][2 + i]);
+      }
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words.
-  __device__ __forceinline__ void soften(int tile, float (&dots)[2][4], unsigned (&high)[2], unsigned (&low)[2]) {
-    const int slot = tile * stream_tile + 2 * column_;
-    if constexpr (probing) keep_probe(slot, dots[0]), keep_probe(slot + 8, dots[1]);
+  __device__ __forceinline__ void soften(int tile, const float (&dots)[2][2], unsigned (&high)[2], unsigned (&low)[2]) {
     float x[4];  // in units of log 2
-    if (simple_ && (tile + 1) * stream_tile <= slots_) {
+    if (tile < simple_tiles_) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = dots[i / 2][i % 2] * scale_;
       if (logits_) {
-        *reinterpret_cast<float2*>(logits_ + slot) = {x[0], x[1]};
-        *reinterpret_cast<float2*>(logits_ + slot + 8) = {x[2], x[3]};
+        *reinterpret_cast<float2*>(logits_ + tile * stream_tile) = {x[0], x[1]};
+        *reinterpret_cast<float2*>(logits_ + tile * stream_tile + 8) = {x[2], x[3]};
       }
 #pragma unroll
       for (float& each : x) each *= log2_e;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = bent_logit(slot + i / 2 * 8 + i % 2, dots[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i) x[i] = bent_logit(tile * stream_tile + i / 2 * 8 + i % 2, dots[i / 2][i % 2]);
     }
-    float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
     if (__any_sync(~0u, most > most_)) rescale(most);
     const float base = most_ == -INFINITY ? 0.f : most_;
     float p[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p[i] = exp2_fast(x[i] - base);
-      sum_ += p[i];
-    }
+    for (int i = 0; i < 4; ++i) p[i] = exp2_fast(x[i] - base);
+    sum_ += (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll
     for (int t = 0; t < 2; ++t) Words<Element>::split(p[2 * t], p[2 * t + 1], high[t], low[t]);
   }
 
-  /// The logit of one slot under whatever bends or hides it, kept, and with its bias in units of log 2.
-  __device__ float bent_logit(int slot, float dot) const {
-    const bool there = slot < slots_ && !(look_.masked && look_.hidden(slot));
+  /// The logit of a slot, two columns into the row of logits, under whatever bends or hides it, kept; and with its bias in
+  /// units of log 2.
+  __device__ float bent_logit(int at, float dot) const {
+    const int slot = at + 2 * column();
+    const bool there = slot < now_.slots && !(look_.masked && look_.hidden(slot, now_.query_token));
     const float logit = there ? detail::logit_of(look_, dot) : -INFINITY;
-    if (logits_ && slot < slots_) logits_[slot] = logit;
+    if (logits_ && slot < now_.slots) logits_[at] = logit;
     return (look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
-  /// Rows 8, 9 and 10 of the product are the probe's three parts.
-  __device__ void keep_probe(int slot, const float (&dots)[4]) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float second = __shfl_down_sync(~0u, dots[2 + i], 4), third = __shfl_down_sync(~0u, dots[2 + i], 8);
-      if (row_ == 0 && slot + i < slots_) look_.probe[slot + i] = dots[2 + i] + (second + third);
-    }
+  /// Rows 0, 1 and 2 of the probe's product are its three parts.
+  __device__ void keep_probe(int slot, float dot) const {
+    const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
+    if (row() == 0 && slot < now_.slots) look_.probe[slot] = dot + (second + third);
   }
 
   __device__ void rescale(float most) {
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
     const float next = fmaxf(most_, most), factor = next == -INFINITY ? 1.f : exp2_fast(most_ - next);
     most_ = next, sum_ *= factor;
-    const float one = __shfl_sync(~0u, factor, 8 * column_), other = __shfl_sync(~0u, factor, 8 * column_ + 4);
+    const float one = __shfl_sync(~0u, factor, 8 * column()), other = __shfl_sync(~0u, factor, 8 * column() + 4);
 #pragma unroll
     for (auto& part : output_) part[0] *= one, part[1] *= other, part[2] *= one, part[3] *= other;
   }
 
   /// Values are the left operand, a channel a row; the probabilities of all heads are the right one, as they came out of
-  /// the dots. A word of a value holds two channels: rows r and r + 8 of a product.
-  __device__ __forceinline__ void add_values(const unsigned (&high)[2], const unsigned (&low)[2]) {
+  /// the dots.
+  __device__ __forceinline__ void add_values(unsigned values, const unsigned (&high)[2], const unsigned (&low)[2]) {
+    const unsigned at = values + value_at_;
 #pragma unroll
-    for (int j = 0; j < value_chunks; ++j) {
-      uint4 rows[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const unsigned slot = static_cast<unsigned>(i / 2 * 8 + 2 * column_ + i % 2);
-        rows[i] = load_shared(ring_ + 4096 + place<false>(slot, static_cast<unsigned>(row_ + 8 * j)));
-      }
-      const auto add = [&](float(&part)[4], unsigned a, unsigned b, unsigned c, unsigned d) {
-        const unsigned near = __byte_perm(a, b, 0x5410),
-                       next = __byte_perm(a, b, 0x7632);  // pairs of slots side by side
-        const unsigned far = __byte_perm(c, d, 0x5410), last = __byte_perm(c, d, 0x7632);
-        Words<Element>::mma(part, {near, next, far, last}, high[0], high[1]);
-        Words<Element>::mma(part, {near, next, far, last}, low[0], low[1]);
-      };
-      add(output_[j * 4], rows[0].x, rows[1].x, rows[2].x, rows[3].x);
-      add(output_[j * 4 + 1], rows[0].y, rows[1].y, rows[2].y, rows[3].y);
-      add(output_[j * 4 + 2], rows[0].z, rows[1].z, rows[2].z, rows[3].z);
-      add(output_[j * 4 + 3], rows[0].w, rows[1].w, rows[2].w, rows[3].w);
+    for (int b = 0; b < value_blocks; b += 2) {
+      const uint4 rows = load_turned(at ^ static_cast<unsigned>(b) * 32);
+      const uint4 next = load_turned(at ^ static_cast<unsigned>(b + 1) * 32);
+      Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, high[0], high[1]);
+      Words<Element>::mma(output_[b + 1], {next.x, next.y, next.z, next.w}, high[0], high[1]);
+      Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, low[0], low[1]);
+      Words<Element>::mma(output_[b + 1], {next.x, next.y, next.z, next.w}, low[0], low[1]);
     }
   }
 
   /// The warp's part of every head's output, unnormalised.
-  __device__ void store() {
+  __device__ __forceinline__ void store() {
     sum_ += __shfl_xor_sync(~0u, sum_, 1);
     sum_ += __shfl_xor_sync(~0u, sum_, 2);
     const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
-    if (column_ == 0 && row_ < group) memory_.parts[warp_ * group + row_] = {most_, sum_};
+    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const int head = 2 * column_ + side;
+      const int head = 2 * column() + side;
       if (head >= group) continue;
-      float* to = memory_.partial + static_cast<long>(warp_ * group + head) * pitch + row_ * 8;
+      float* to = memory_.partial + (warp() * group + head) * pitch + row();
 #pragma unroll
-      for (int i = 0; i < 4 * value_chunks; ++i)
-        if ((row_ + i / 4 * 8) * 8 < value_dim)
-          *reinterpret_cast<float2*>(to + i / 4 * 64 + i % 4 * 2) = {output_[i][side], output_[i][side + 2]};
+      for (int b = 0; b < value_blocks; ++b) {
+        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
+        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
+      }
     }
   }
 
-  const RowLook& look_;  // in shared memory: what is needed once a tile is read there
+  const RowLook& look_;  // in shared memory: what is not of every tile is read there
+  const RowNow& now_;
   const StreamMemory& memory_;
-  const int warp_;
-  const unsigned lane_;
-  const int row_, column_, slots_, tiles_;
-  const bool simple_;  // logits are neither bent, biased nor hidden
-  const bool whole_;   // rows are as wide as the lanes' constants say
+  const int tiles_, whole_tiles_, simple_tiles_;  // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
   const float scale_;
-  float* const logits_;  // of head row_; null beyond the group, or where nobody asks
+  float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
-  float output_[value_chunks * 4][4] = {};
+  const unsigned key_at_, value_at_, copy_at_;  // of this lane within a tile
+  float output_[value_blocks][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };
 
-/// Fills StreamMemory::queries, with zeros beyond the group and the dimension. All threads; a barrier must follow.
+/// Fills RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
+/// follow.
 __device__ inline void stage_queries(const RowLook& look, std::uint16_t* queries) {
   const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
@@ -304,47 +374,44 @@ __device__ inline void stage_queries(const RowLook& look, std::uint16_t* queries
     if (head < look.group && chunk * 8 < look.key_dim)
       words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(look.query) + head * look.query_stride +
                                               chunk * 8);
-    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = words;
+    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = {words.x, words.z, words.y, words.w};
   }
 }
 
-/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. All threads; a
+/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. By one warp; a
 /// barrier must follow.
 template <class Element>
 __device__ void split_probe(const RowLook& look, unsigned* words) {
   const int width = stream_width(look.key_dim, look.value_dim), pitch = query_pitch(width) / 2;
-  for (int i = static_cast<int>(threadIdx.x); i < width / 2; i += team_threads) {
+  for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
     float x = 2 * i < look.key_dim ? look.probe_vector[2 * i] : 0.f,
           y = 2 * i < look.key_dim ? look.probe_vector[2 * i + 1] : 0.f;
     for (int part = 0; part < 3; ++part) {
       const unsigned word = Words<Element>::pack(x, y);
       const float2 taken = Words<Element>::unpack(word);
       x -= taken.x, y -= taken.y;
-      words[part * pitch + i] = word;
+      words[part * pitch + turned_channel(2 * i) / 2] = word;
     }
     words[3 * pitch + i] = 0;
   }
 }
 
-/// Streams the look's slots; `resume` when the warp's first tile is under way since the last row, `next` to start it again
-/// for the next one. Leaves parts and partial sums in `memory`; a barrier must follow.
+/// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, bool probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
-  Stream<Element, width, probing> stream(look, memory);
-  if (!resume) {
-    await_copies<0>();
-    stream.begin();
-  }
-  stream.run(next);
+__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
+                                            bool next) {
+  Stream<Element, width, probing> stream(look, now, memory);
+  stream.run(ring, next);
 }
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
 template <class Element, int width>
-__device__ __noinline__ void stream_row(const RowLook& look, const StreamMemory& memory, bool resume, bool next) {
+__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
+                                        bool next) {
   if (look.probe_vector)
-    stream_here<Element, width, true>(look, memory, resume, next);
+    stream_here<Element, width, true>(look, now, memory, ring, next);
   else
-    stream_here<Element, width, false>(look, memory, resume, next);
+    stream_here<Element, width, false>(look, now, memory, ring, next);
 }
 
 }  // namespace kv

@@ -12,6 +12,8 @@ struct TeamMemory {
   float partial[team_threads];
   int warp_sums[team_warps + 1];
   unsigned long long best[team_warps];
+  unsigned long long least[2][team_warps];
+  int least_slot[2][team_warps];
   int counts[256];
   int flag, number;
 };
@@ -78,6 +80,25 @@ struct BlockTeam {
     for (int w = 1; w < team_warps; ++w) best = memory->best[w] < best ? memory->best[w] : best;
     __syncthreads();  // `best` may be written again
     return best;
+  }
+
+  /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
+  /// call to call, so that one barrier is enough: it is given.
+  __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
+    const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
+    const unsigned least_high = __reduce_min_sync(~0u, high);
+    const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
+    const unsigned long long of_warp = static_cast<unsigned long long>(least_high) << 32 | least_low;
+    const unsigned who = __ballot_sync(~0u, key == of_warp);
+    if (static_cast<int>(threadIdx.x % 32) == __ffs(static_cast<int>(who)) - 1)
+      memory->least[turn][threadIdx.x / 32] = of_warp, memory->least_slot[turn][threadIdx.x / 32] = slot;
+    __syncthreads();
+    unsigned long long best = ~0ull;
+    int found = -1;
+#pragma unroll
+    for (int w = 0; w < team_warps; ++w)
+      if (memory->least[turn][w] < best) best = memory->least[turn][w], found = memory->least_slot[turn][w];
+    return found;
   }
 
   /// How many members' x add up to, and in `before` those of lower threads.

@@ -8,11 +8,14 @@ namespace kv {
 /// Where a row's results are, in shared memory; and what a stream needs there.
 struct RowMemory {
   StreamMemory stream;
-  float* output;   // [group][value_dim]
-  float* weight;   // [team_warps + 1][group] what every warp's part counts in the output; the last: the newest slot
-  float* log_sum;  // [group] log-sum-exps
-  float* newest;   // [group] logits of the newest slot, with bias
-  float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
+  std::uint16_t* queries[2];  // RowNow::queries of the present step and of the next
+  // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
+  std::uint16_t *key, *value;  // [input_buffers][width]
+  float* full;                 // [input_buffers][group][value_dim]
+  float* output;               // [group][value_dim]
+  float* log_sum;              // [group] log-sum-exps
+  float* newest;               // [group] logits of the newest slot, with bias
+  float* probabilities;        // [group][logit_stride] in device memory, for rows that are not streamed
 };
 
 /// Lays it out in row_memory_bytes() of shared memory.
@@ -20,20 +23,22 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
   RowMemory row{};
   const auto take = [&](long bytes) {
     char* at = memory;
-    memory += bytes;
+    memory += (bytes + 15) / 16 * 16;
     return at;
   };
   if (streamed) {
-    row.stream.ring = reinterpret_cast<uint4*>(take(team_warps * stream_ring_bytes));
-    row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(stream_width(key_dim, value_dim)) * 2));
-    row.stream.queries =
-        reinterpret_cast<std::uint16_t*>(take(stream_heads * query_pitch(stream_width(key_dim, value_dim)) * 2));
-    row.stream.partial = reinterpret_cast<float*>(take(team_warps * group * stream_pitch(value_dim) * 4));
+    const int width = stream_width(key_dim, value_dim), queries = stream_heads * query_pitch(width) * 2;
+    row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * stream_ring_bytes));
+    row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
+    for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
+    row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(value_dim) * 4));
     row.stream.parts =
-        reinterpret_cast<SoftmaxPart*>(take(team_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
+        reinterpret_cast<SoftmaxPart*>(take(stream_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
+    row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
+    row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
+    row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
-  row.weight = reinterpret_cast<float*>(take((team_warps + 1) * group * 4));
   row.newest = reinterpret_cast<float*>(take(group * 4));
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
   return row;
@@ -54,19 +59,6 @@ __device__ inline float warp_dot(const void* a, long a_row, const void* b, long 
   return warp_sum(sum);
 }
 
-/// Logits of one slot for heads first_head, first_head + step, ... of the group, by one warp; with bias in newest[g].
-__device__ inline void slot_logits(const RowLook& look, Dtype elements, int slot, int first_head, int step,
-                                   float* newest) {
-  for (int g = first_head; g < look.group; g += step) {
-    const float dot = warp_dot(look.query, g * look.query_stride, look.keys, static_cast<long>(slot) * look.key_dim,
-                               look.key_dim, elements);
-    if (threadIdx.x % 32 != 0) continue;
-    const float x = look.masked && look.hidden(slot) ? -INFINITY : logit_of(look, dot);
-    if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + slot] = x;
-    if (newest) newest[g] = look.bias ? x + look.bias[slot] : x;
-  }
-}
-
 /// A vector of the policy's own as a row.
 struct FloatRow {
   const float* data;
@@ -75,44 +67,39 @@ struct FloatRow {
 
 }  // namespace detail
 
-/// Every head's log-sum-exp and output over slots [0, look.slots]: look.slots older ones, and the newest. `sink` is
-/// [group] or null. All threads call; results are ready when a function returns.
+/// Every head's log-sum-exp and output over slots [0, now.slots]. `sink` is [group] or null.
 struct TokenAttention {
   BlockTeam team;
   Dtype elements;
   const float* sink;
 
-  /// `here`: inlined where it is called, in bfloat16.
-  template <bool here>
-  __device__ __forceinline__ void streamed(const RowLook& look, const RowMemory& memory, bool probing, bool resume,
-                                           bool next) const {
-    const bool half = elements == Dtype::float16;
-    if (probing) {
-      half ? split_probe<__half>(look, memory.stream.probe) : split_probe<__nv_bfloat16>(look, memory.stream.probe);
-    }
-    stage_queries(look, memory.stream.queries);
+  /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`;
+  /// gives a barrier.
+  __device__ void streamed(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+    Ring ring;
+    if (look.probe_vector && threadIdx.x < 32)
+      elements == Dtype::float16 ? split_probe<__half>(look, memory.stream.probe)
+                                 : split_probe<__nv_bfloat16>(look, memory.stream.probe);
     __syncthreads();
-    const bool wide = stream_width(look.key_dim, look.value_dim) > 64;
-    if (half && wide)
-      stream_row<__half, 128>(look, memory.stream, resume, next);
-    else if (half)
-      stream_row<__half, 64>(look, memory.stream, resume, next);
-    else if (wide)
-      stream<here, 128>(look, memory.stream, probing, resume, next);
+    if (threadIdx.x / 32 < stream_warps)
+      stream(look, now, memory.stream, ring);
     else
-      stream<here, 64>(look, memory.stream, probing, resume, next);
-    newest_slot(look, memory);
+      newest_slot(look, now, memory);
     __syncthreads();
-    weigh_parts(look, memory);
-    __syncthreads();
-    add_parts(look, memory);
+    float log_sum[stream_heads];
+    combine(look, now, memory, log_sum);
     __syncthreads();
   }
 
-  __device__ __noinline__ void plain(const RowLook& look, const RowMemory& memory) const {
-    const int n = look.slots + 1;
+  /// The same of any shape and type, plainly; the newest slot is one of all.
+  __device__ __noinline__ void plain(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+    const int n = now.slots + 1;
     for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
-      detail::slot_logits(look, elements, s, 0, 1, nullptr);
+      for (int g = 0; g < look.group; ++g) {
+        const float dot = detail::warp_dot(look.query, g * look.query_stride, look.keys,
+                                           static_cast<long>(s) * look.key_dim, look.key_dim, elements);
+        if (threadIdx.x % 32 == 0) look.logits[static_cast<long>(g) * look.logit_stride + s] = bent(look, now, s, dot);
+      }
       if (look.probe_vector) probe_slot(look, s);
     }
     __syncthreads();
@@ -137,16 +124,80 @@ struct TokenAttention {
     __syncthreads();
   }
 
+  /// The newest slot's logits and probe, heads dealt over the warps that do not stream.
+  __device__ void newest_slot(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+    const int first = static_cast<int>(threadIdx.x / 32) - stream_warps;
+    const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim));
+    for (int g = first; g < look.group; g += team_warps - stream_warps) {
+      float dot = 0;
+      for (int c = static_cast<int>(threadIdx.x % 32); c < look.key_dim; c += 32)
+        dot = __fmaf_rn(load_element(now.queries, elements, g * pitch + turned_channel(c)),
+                        load_element(now.newest_key, elements, c), dot);
+      dot = detail::warp_sum(dot);
+      if (threadIdx.x % 32 != 0) continue;
+      const float x = bent(look, now, now.slots, dot);
+      if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + now.slots] = x;
+      memory.newest[g] = look.bias ? x + look.bias[now.slots] : x;
+    }
+    if (look.probe_vector && first == 0) probe_slot(look, now.slots);
+  }
+
+  /// Log-sum-exps (also in `log_sum`, by every thread) and outputs from what the warps left. All threads; a barrier before,
+  /// and one must follow. A lane holds a head's part of the softmax: a warp's, the newest slot's or the sink's.
+  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory,
+                          float (&log_sum)[stream_heads]) const {
+    constexpr int lanes = stream_warps + 2 <= 8 ? 8 : 16, heads = 32 / lanes;
+    static_assert(stream_warps + 2 <= 16);
+    const int lane = static_cast<int>(threadIdx.x % 32), part = lane % lanes, group = look.group, dv = look.value_dim;
+#pragma unroll
+    for (int g0 = 0; g0 < stream_heads; g0 += heads) {
+      if (g0 >= group) {
+#pragma unroll
+        for (int h = 0; h < heads; ++h) log_sum[g0 + h] = 0;
+        continue;
+      }
+      const int g = g0 + lane / lanes;
+      float most = -INFINITY, sum = 0;  // in units of log 2
+      if (g < group) {
+        if (part < stream_warps) {
+          const SoftmaxPart mine = memory.stream.parts[part * group + g];
+          most = mine.most, sum = mine.sum;
+        } else if (part == stream_warps) {
+          most = memory.newest[g] * log2_e, sum = 1;
+        } else if (part == stream_warps + 1 && sink) {
+          most = sink[g] * log2_e, sum = 1;
+        }
+      }
+      float base = most;
+#pragma unroll
+      for (int k = lanes / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
+      const float share = base == -INFINITY ? 0.f : exp2_fast(most - base);
+      float all = share * sum;
+#pragma unroll
+      for (int k = lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
+      const float weight = all > 0 ? share / all : 0.f, mine = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
+#pragma unroll
+      for (int h = 0; h < heads; ++h) log_sum[g0 + h] = __shfl_sync(~0u, mine, h * lanes);
+      if (threadIdx.x < 32 && part == 0 && g < group) memory.log_sum[g] = mine;
+      add_parts(memory, now, g0, min(heads, group - g0), group, dv, weight, lanes);
+    }
+  }
+
  private:
-  template <bool here, int width>
-  __device__ __forceinline__ static void stream(const RowLook& look, const StreamMemory& memory, bool probing,
-                                                bool resume, bool next) {
-    if constexpr (!here)
-      stream_row<__nv_bfloat16, width>(look, memory, resume, next);
-    else if (probing)
-      stream_here<__nv_bfloat16, width, true>(look, memory, resume, next);
+  __device__ void stream(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring) const {
+    const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
+    if (half && wide)
+      stream_row<__half, 128>(look, now, memory, ring, false);
+    else if (half)
+      stream_row<__half, 64>(look, now, memory, ring, false);
+    else if (wide)
+      stream_row<__nv_bfloat16, 128>(look, now, memory, ring, false);
     else
-      stream_here<__nv_bfloat16, width, false>(look, memory, resume, next);
+      stream_row<__nv_bfloat16, 64>(look, now, memory, ring, false);
+  }
+
+  __device__ static float bent(const RowLook& look, const RowNow& now, int slot, float dot) {
+    return look.masked && look.hidden(slot, now.query_token) ? -INFINITY : detail::logit_of(look, dot);
   }
 
   __device__ void probe_slot(const RowLook& look, int slot) const {
@@ -155,47 +206,26 @@ struct TokenAttention {
     if (threadIdx.x % 32 == 0) look.probe[slot] = dot;
   }
 
-  __device__ void newest_slot(const RowLook& look, const RowMemory& memory) const {
-    const int warp =
-        static_cast<int>(threadIdx.x / 32);  // a head a warp, from the last warp on: the first have more tiles
-    detail::slot_logits(look, elements, look.slots, team_warps - 1 - warp, team_warps, memory.newest);
-    if (look.probe_vector && warp == 0) probe_slot(look, look.slots);
-  }
-
-  /// Log-sum-exp of a head, and what each warp's part counts: a warp a head, a lane a part. In units of log 2.
-  __device__ void weigh_parts(const RowLook& look, const RowMemory& memory) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    static_assert(team_warps + 2 <= 16);
-    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
-      float most = -INFINITY, sum = 0;
-      if (lane < team_warps)
-        most = memory.stream.parts[lane * look.group + g].most, sum = memory.stream.parts[lane * look.group + g].sum;
-      else if (lane == team_warps)
-        most = memory.newest[g] * log2_e, sum = 1;
-      else if (lane == team_warps + 1 && sink)
-        most = sink[g] * log2_e, sum = 1;
-      float base = most;
-      for (int k = 8; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
-      base = __shfl_sync(~0u, base, 0);
-      const float share = base == -INFINITY ? 0.f : exp2_fast(most - base);
-      float all = share * sum;
-      for (int k = 8; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
-      all = __shfl_sync(~0u, all, 0);
-      if (lane <= team_warps) memory.weight[lane * look.group + g] = all > 0 ? share / all : 0.f;
-      if (lane == 0) memory.log_sum[g] = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
-    }
-  }
-
-  __device__ void add_parts(const RowLook& look, const RowMemory& memory) const {
-    const int pitch = stream_pitch(look.value_dim);
-    for (int i = static_cast<int>(threadIdx.x); i < look.group * look.value_dim; i += team_threads) {
-      const int g = i / look.value_dim, c = i % look.value_dim;
-      float o = memory.weight[team_warps * look.group + g] *
-                load_element(look.values, elements, static_cast<long>(look.slots) * look.value_dim + c);
+  /// Outputs of heads [g0, g0 + heads): lane h * lanes + w holds what part w counts in head g0 + h. Two channels a thread.
+  __device__ void add_parts(const RowMemory& memory, const RowNow& now, int g0, int heads, int group, int dv,
+                            float weight, int lanes) const {
+    const int pitch = stream_pitch(dv), count = heads * dv;
+    for (int first = 0; first < count; first += 2 * team_threads) {
+      const int i = first + 2 * static_cast<int>(threadIdx.x), h = min(i / dv, heads - 1), c = i - h * dv;
+      const bool mine = i < count;
+      const float* part = memory.stream.partial + (g0 + h) * pitch + (mine ? c : 0);
+      float2 o{};
 #pragma unroll
-      for (int w = 0; w < team_warps; ++w)
-        o = __fmaf_rn(memory.stream.partial[(w * look.group + g) * pitch + c], memory.weight[w * look.group + g], o);
-      memory.output[i] = o;
+      for (int w = 0; w < stream_warps; ++w) {
+        const float each = __shfl_sync(~0u, weight, h * lanes + w);
+        const float2 x = *reinterpret_cast<const float2*>(part + w * group * pitch);
+        o.x = __fmaf_rn(x.x, each, o.x), o.y = __fmaf_rn(x.y, each, o.y);
+      }
+      const float newest = __shfl_sync(~0u, weight, h * lanes + stream_warps);
+      if (!mine) continue;
+      o.x = __fmaf_rn(load_element(now.newest_value, elements, c), newest, o.x);
+      o.y = __fmaf_rn(load_element(now.newest_value, elements, c + 1), newest, o.y);
+      *reinterpret_cast<float2*>(memory.output + g0 * dv + i) = o;
     }
   }
 };

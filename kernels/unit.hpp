@@ -158,7 +158,8 @@ struct Launch {
   bool together = false;                 // layers decide as one within the launch; meeting[first head] counts arrivals
   int* meeting = nullptr;
   AttentionTask* tasks = nullptr;  // [units]
-  int shared_logits = 0;           // floats per head in shared memory; 0 = in unit.logits
+  int step_slots = 0;              // most slots of a unit during the steps
+  int record_bytes = 0;            // of shared memory for StepRecords
   bool timed = false;
 };
 

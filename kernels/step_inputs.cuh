@@ -1,0 +1,63 @@
+// What comes with the next token, fetched into shared memory while the present one attends: nothing of a step waits for it.
+#pragma once
+#include "kernels/measure.cuh"
+
+namespace kv {
+
+/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow.
+struct StepInputs {
+  const Play& play;
+
+  __device__ const void* key(int token) const {
+    const TraceData& t = play.trace;
+    if (!play.fixed.streamed) return key_in_memory(token);
+    return play.row.key + token % input_buffers * stream_width(t.key_dim, t.value_dim);
+  }
+  __device__ const void* value(int token) const {
+    const TraceData& t = play.trace;
+    if (!play.fixed.streamed) return value_in_memory(token);
+    return play.row.value + token % input_buffers * stream_width(t.key_dim, t.value_dim);
+  }
+  /// Full attention's output of head g for the m-th measured query, a token's.
+  __device__ const float* full_output(int token, int g, int m) const {
+    if (!play.fixed.streamed) return full_output_of(play.fixed, g, m);
+    return play.row.full + (token % input_buffers * play.trace.group + g) * play.trace.value_dim;
+  }
+
+  /// Starts the copies of a token whose measured query is the m-th (-1: none) and whose queries are row `row` of the layer's.
+  __device__ void fetch(int token, int m, int row) const {
+    const TraceData& t = play.trace;
+    const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps, lane = static_cast<int>(threadIdx.x % 32);
+    const auto copy = [&](void* to, const void* from, int bytes) {
+      for (int i = lane; i < bytes / 16; i += 32)
+        copy_16(shared_address(to) + static_cast<unsigned>(i) * 16, static_cast<const char*>(from) + i * 16);
+    };
+    if (warp == 0) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
+    if (warp == (team_warps - stream_warps > 1 ? 1 : 0))
+      copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
+    const int pitch = query_pitch(stream_width(t.key_dim, t.value_dim));
+    for (int g = warp; g < t.group; g += team_warps - stream_warps) {
+      if (play.absolute() && row >= 0) {
+        const char* from =
+            play.at(play.layer.q_rotated, static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
+        const std::uint16_t* to = play.row.queries[token & 1] + g * pitch;
+        for (int c = 2 * lane; c < t.key_dim; c += 64)
+          copy_4(shared_address(to + turned_channel(c)), from + c * 2, true);
+      }
+      if (m >= 0)
+        copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
+    }
+  }
+
+ private:
+  __device__ const void* key_in_memory(int token) const {
+    return play.at(play.absolute() ? play.layer.k_rotated : play.layer.k,
+                   static_cast<long>(play.unit.info.kv_head) * play.trace.tokens + token, play.trace.key_dim);
+  }
+  __device__ const void* value_in_memory(int token) const {
+    return play.at(play.layer.v, static_cast<long>(play.unit.info.kv_head) * play.trace.tokens + token,
+                   play.trace.value_dim);
+  }
+};
+
+}  // namespace kv
