@@ -35,9 +35,9 @@ inline double sum_of(const std::vector<double>& values, std::size_t first, std::
   return sum;
 }
 
-/// Compares one point's results: per head, and where all heads agree what mixes them. `nudge` gives the CPU's results for
-/// inputs that are off by a rounding; it is called where a head differs beyond the usual limits, which then give way as
-/// far as these results move.
+/// Compares one point's results: per head, and where all heads agree what mixes them. `nudge` gives the CPU's results
+/// for inputs that are off by a rounding; it is called where a head differs beyond the usual limits, which then give way
+/// as far as these results move.
 class PointComparison {
  public:
   using Results = std::vector<ReplayResult>;
