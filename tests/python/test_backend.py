@@ -93,6 +93,30 @@ def test_auto_with_a_device_is_cuda_and_repeats_to_the_bit(program: Program) -> 
 
 
 @pytest.mark.usefixtures("with_gpu")
+def test_errors_are_those_of_the_cpu(program: Program) -> None:
+    program.write(f"trace: {WIKI}\npolicy: h2o\nbudget: 0\n")
+    cpu, cuda = (program.run(f"backend={backend}", code=2).stderr for backend in ("cpu", "cuda"))
+    assert cpu == cuda and "config.yaml:3: budget: expected a share" in cuda
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_too_little_memory_is_an_error_that_says_what_to_change(program: Program) -> None:
+    done = program.write(QUICK.replace("backend: cpu", "backend: cuda")).run("--device-memory", "1MiB", code=4)
+    assert "give more with --device-memory" in done.stderr
+    assert {row["status"] for row in program.rows()} == {"error"}
+    assert "5 ran" in program.run("--retry-failed").stdout
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_fast_is_a_run_of_its_own_that_keeps_the_same(program: Program) -> None:
+    program.write(f"trace: {WIKI}\nbackend: cuda\ntiming.repeats: 0\nseries: true\nreplay.measure: all\n"
+                  "policy: snapkv\nbudget: 25%\n").run("replay.precision=[exact, fast]")
+    exact, fast = sorted(program.rows(), key=lambda row: row["replay.precision"])
+    assert exact["run"] != fast["run"] and 0 < abs(exact["nmse"] - fast["nmse"]) < 4e-3
+    assert exact["slots.decode_mean"] == fast["slots.decode_mean"]
+
+
+@pytest.mark.usefixtures("with_gpu")
 def test_dry_run_shows_the_backend_when_it_varies(program: Program) -> None:
     shown = program.run("backend=[cpu, cuda]", "--dry-run").stdout.splitlines()
     assert shown[0].split()[-1] == "backend" and {line.split()[-1] for line in shown[1:11]} == {"cpu", "cuda"}
