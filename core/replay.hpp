@@ -18,7 +18,8 @@ struct ReplaySettings {
   Block block;
   Compress compress = Compress::always;
   Positions positions = Positions::absolute;
-  std::vector<int> measured;  // tokens whose queries are compared with full attention, ascending
+  Precision precision = Precision::exact;  // the CPU engine knows only this one
+  std::vector<int> measured;               // tokens whose queries are compared with full attention, ascending
   Protect protect;
   Allocation allocation;
   std::uint64_t seed = 0;

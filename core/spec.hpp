@@ -12,12 +12,16 @@ enum class Compress { prompt, always };  // stop compressing when decode begins,
 /// Where kept keys are rotated to: their own position, their place in the cache, or (span) the number of tokens that
 /// the slots up to them stand for. The last two rotate unrotated keys at read time.
 enum class Positions { absolute, cache, span };
+/// On CUDA: how probabilities enter the value products of prompt blocks. exact: as two 16-bit words, error 1e-5; fast:
+/// as one, error 1e-3. What a policy sees, and so what it keeps, is the same.
+enum class Precision { exact, fast };
 enum class Scope { head, layer };  // a selection per KV head, or one for all heads of a layer
 
 inline const char* name_of(Compress c) { return c == Compress::prompt ? "prompt" : "always"; }
 inline const char* name_of(Positions p) {
   return p == Positions::absolute ? "absolute" : p == Positions::cache ? "cache" : "span";
 }
+inline const char* name_of(Precision p) { return p == Precision::exact ? "exact" : "fast"; }
 
 /// Tokens of the prompt that are appended at once; 0 = the whole prompt in one block. A decode token is its own block.
 struct Block {

@@ -23,6 +23,7 @@ struct Keys {
   std::string block = "auto";
   AskedCompress compress = AskedCompress::automatic;
   AskedPositions positions = AskedPositions::automatic;
+  Precision precision = Precision::exact;
   std::string measure = "decode";
   Protect protect;
   Allocation allocation;
@@ -49,6 +50,9 @@ struct Keys {
         "replay.positions", positions, Choices{"auto", "absolute", "cache", "span"},
         "kept keys stay rotated at their own position, or are rotated at read time by slot, or by the number of tokens "
         "that slots stand for; auto: published");
+    field("replay.precision", precision, Choices{"exact", "fast"},
+          "fast: on cuda, outputs of prompt blocks to bfloat16's precision (error 1e-3 instead of 1e-5, traces of "
+          "16-bit numbers); what is kept stays the same");
     field("replay.measure", measure,
           "whose queries are compared with full attention: decode, prompt, all or last:N (the last N tokens)");
     field("protect.sinks", protect.sinks, counts, "first tokens that no policy may evict");

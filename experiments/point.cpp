@@ -94,6 +94,9 @@ class Resolver {
       if (point.keys.block != "auto") point.block = parse_block(point.keys.block);
     });
     point.backend = backend_of(point);
+    if (point.keys.precision == Precision::fast && point.backend == "cpu")
+      fail(point.place_of("replay.precision"),
+           "replay.precision: fast is for cuda, and this point runs on cpu; use exact");
   }
 
   void bind_policy(const RawPoint& raw, Point& point) {
@@ -177,6 +180,7 @@ const Place& place_of_message(const Point& point, const std::string& message) {
 bool changes_the_run(const Point& point, const std::string& key) {
   const Allocation::Kind kind = point.keys.allocation.kind;
   if (key == "series" || key == "timing.repeats") return false;
+  if (key == "replay.precision") return point.keys.precision != Precision::exact;
   if (key == "metrics") return point.keys.metrics != AskedMetrics::standard;
   if (key == "allocation.kind") return kind != Allocation::Kind::uniform;
   if (key == "allocation.beta") return kind == Allocation::Kind::pyramid;
@@ -197,6 +201,7 @@ std::vector<std::pair<std::string, Value>> Point::values() const {
   all.emplace_back("replay.block", block.tokens == 0 ? Value("all") : Value(std::int64_t{block.tokens}));
   all.emplace_back("replay.compress", name_of(compress));
   all.emplace_back("replay.positions", name_of(positions));
+  all.emplace_back("replay.precision", name_of(keys.precision));
   all.emplace_back("replay.measure", keys.measure);
   all.emplace_back("protect.sinks", std::int64_t{keys.protect.sinks});
   all.emplace_back("protect.recent", std::int64_t{keys.protect.recent});
@@ -228,6 +233,7 @@ void attach(Point& point, const TraceHeader& header, const std::string& trace_id
   settings.block = point.block;
   settings.compress = point.compress;
   settings.positions = point.positions;
+  settings.precision = point.keys.precision;
   settings.protect = point.keys.protect;
   settings.allocation = point.keys.allocation;
   settings.mass = point.keys.metrics == AskedMetrics::mass;

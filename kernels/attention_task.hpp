@@ -9,6 +9,7 @@ struct AttentionShape {
   Dtype elements = Dtype::bfloat16;
   int key_dim = 0, value_dim = 0, group = 1;
   float scale = 1, softcap = 0;  // logit = softcap(scale * q.k), softcap 0 = none
+  bool fast = false;             // see block_attention; nothing else looks at it
 };
 
 /// All pointers are to device memory; keys, values and queries are 16-byte aligned, output is 8-byte aligned. Slot s is

@@ -91,8 +91,8 @@ void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan&
 bool BatchPlan::alike(const DevicePoint& a, const DevicePoint& b) {
   const ReplaySettings &x = *a.settings, &y = *b.settings;
   return a.entry == b.entry && same_flow(a.policy->traits(), b.policy->traits()) && x.block == y.block &&
-         x.compress == y.compress && x.positions == y.positions && x.measured == y.measured && x.mass == y.mass &&
-         x.allocation.kind == y.allocation.kind &&
+         x.compress == y.compress && x.positions == y.positions && x.precision == y.precision &&
+         x.measured == y.measured && x.mass == y.mass && x.allocation.kind == y.allocation.kind &&
          (x.allocation.kind == Allocation::Kind::uniform || x.budget == y.budget);
 }
 

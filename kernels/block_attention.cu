@@ -21,7 +21,7 @@ template <class Task>
 void general_rows(const AttentionShape& shape, const Task* tasks, const AttentionBounds& bounds, cudaStream_t stream) {
   const LogitRule rule = logit_rule(shape);
   const int pairs = bounds.rows * shape.group;
-  const bool lost = std::is_same_v<Task, LostMassTask>;
+  constexpr bool lost = std::is_same_v<Task, LostMassTask>;
   if (!fits_tensor_cores(shape, shape.key_dim) || (!lost && !fits_tensor_cores(shape, shape.value_dim))) {
     const int ranks = tiles_of(pairs, plain_tile);
     const auto parts = lost ? 1u : static_cast<unsigned>(tiles_of(shape.value_dim, plain_dims));
@@ -29,21 +29,26 @@ void general_rows(const AttentionShape& shape, const Task* tasks, const Attentio
                   plain_row_floats(shape.value_dim) * 4, stream, shape, rule, tasks, bounds.tasks, ranks);
   }
   const int ranks = tiles_of(pairs, row_tile);
-  with_tensor_shape(shape, lost ? shape.key_dim : std::max(shape.key_dim, shape.value_dim),
-                    [&](auto element, auto dim) {
-                      launch(row_kernel<decltype(element), dim, Task>, work_blocks(bounds.tasks, ranks), row_threads,
-                             RowLayout<dim>::bytes, stream, shape, rule, tasks, bounds.tasks, ranks);
-                    });
+  const auto launch_rows = [&](auto fast) {
+    with_tensor_shape(shape, lost ? shape.key_dim : std::max(shape.key_dim, shape.value_dim),
+                      [&](auto element, auto dim) {
+                        launch(row_kernel<decltype(element), dim, Task, fast>, work_blocks(bounds.tasks, ranks),
+                               row_threads, RowLayout<dim>::bytes, stream, shape, rule, tasks, bounds.tasks, ranks);
+                      });
+  };
+  if constexpr (!lost)
+    if (shape.fast) return launch_rows(std::true_type{});
+  launch_rows(std::false_type{});
 }
 
 /// The tasks with an output (`valued`) or those without.
-template <bool valued>
+template <bool valued, bool fast>
 void hopper_rows(const AttentionShape& shape, const AttentionTask* tasks, const AttentionBounds& bounds,
                  cudaStream_t stream) {
   using Layout = HopperRows<valued>;
   const int ranks = tiles_of(bounds.rows * shape.group, Layout::pairs);
   with_element(shape, [&](auto element) {
-    launch(hopper_row_kernel<decltype(element), valued>, work_blocks(bounds.tasks, ranks), Layout::threads,
+    launch(hopper_row_kernel<decltype(element), valued, fast>, work_blocks(bounds.tasks, ranks), Layout::threads,
            Layout::bytes, stream, shape, logit_rule(shape), tasks, bounds.tasks, ranks);
   });
 }
@@ -51,7 +56,7 @@ void hopper_rows(const AttentionShape& shape, const AttentionTask* tasks, const 
 bool hopper_takes(const AttentionShape& shape, const AttentionBounds& bounds) {
   return shape.elements != Dtype::float32 && shape.key_dim == hopper_dim && shape.value_dim == hopper_dim &&
          shape.softcap <= 0 && bounds.rows * shape.group >= HopperRows<true>::pairs &&
-         is_built(hopper_row_kernel<__nv_bfloat16, true>);
+         is_built(hopper_row_kernel<__nv_bfloat16, true, false>);
 }
 
 }  // namespace
@@ -60,8 +65,11 @@ void block_attention(const AttentionShape& shape, const AttentionTask* tasks, co
                      cudaStream_t stream) {
   if (bounds.tasks == 0 || bounds.rows == 0) return;
   if (!hopper_takes(shape, bounds)) return general_rows(shape, tasks, bounds, stream);
-  hopper_rows<true>(shape, tasks, bounds, stream);
-  hopper_rows<false>(shape, tasks, bounds, stream);
+  if (shape.fast)
+    hopper_rows<true, true>(shape, tasks, bounds, stream);
+  else
+    hopper_rows<true, false>(shape, tasks, bounds, stream);
+  hopper_rows<false, false>(shape, tasks, bounds, stream);
 }
 
 void column_masses(const AttentionShape& shape, const AttentionTask* tasks, const AttentionBounds& bounds,

@@ -15,7 +15,8 @@ struct AttentionBounds {
 
 /// Fills every task's `lse` (natural log of the softmax denominator, bias and sinks included), and `output` where it is
 /// not null. 16-bit elements: probabilities enter the value product as two 16-bit words, relative error about 1e-5
-/// against float64. float32 elements, and dims that are not multiples of 8 or above 256: all in float32, much slower.
+/// against float64; `fast`: as one, about 1e-3 (bfloat16) or 2e-4 (float16), with the same `lse`. float32 elements, and
+/// dims that are not multiples of 8 or above 256: all in float32, fast or not, much slower.
 /// Tasks with 0 rows or 0 slots are allowed. A row that sees a sink only has output 0 and the sink as log-sum-exp.
 /// Throws CudaError.
 void block_attention(const AttentionShape& shape, const AttentionTask* tasks, const AttentionBounds& bounds,

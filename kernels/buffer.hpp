@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,6 +22,9 @@ inline void cuda_try(cudaError_t status, const char* call, const char* file, int
 
 /// Throws CudaError: says how much was asked for and what to change.
 [[noreturn]] void out_of_device_memory(std::size_t bytes);
+
+/// The CudaError of a point that needs `bytes` where only `most` may be used; says what to change.
+std::exception_ptr over_device_memory(std::size_t bytes, std::size_t most);
 
 /// Copies and waits until it is there: cudaMemcpy from pageable memory returns before that, and other streams do not wait.
 inline void to_device(void* to, const void* from, std::size_t bytes) {

@@ -71,8 +71,8 @@ class DeviceRun {
   }
 
   void run() {
-    if (points_.empty()) return;
     make_groups();
+    if (groups_.empty()) return finish_wave(0, true);
     const int layers = static_cast<int>(header_.layers.size()), at_once = layers_at_once();
     for (int first = 0; first < layers && !outbox_.stopped(); first += at_once) {
       const int last = std::min(first + at_once, layers);
@@ -109,11 +109,24 @@ class DeviceRun {
     for (Group& group : groups_) {
       // A cache can hold at most what its budget lets it: points of like budgets share memory best.
       std::ranges::stable_sort(group.points, {}, [](PointState* s) { return s->point.settings->budget; });
-      group.plan = BatchPlan(header_, device_points(group.points));
       const BoundPolicy* policy = group.points.front()->point.policy;
       const auto program = make_device_program(group.points.front()->point.entry->doc.name, {&policy, 1});
-      group.unit_bytes = Batch::bytes_of_unit(trace_.data, group.plan, *program);
+      for (; !group.points.empty(); group.points.pop_back()) {  // the largest budget decides what they all take
+        group.plan = BatchPlan(header_, device_points(group.points));
+        group.unit_bytes = Batch::bytes_of_unit(trace_.data, group.plan, *program);
+        const std::size_t least = largest_layer(group.plan.settings.measured.size()) + point_bytes(group);
+        if (least <= memory_) break;
+        group.points.back()->error = over_device_memory(least, memory_);
+      }
     }
+    std::erase_if(groups_, [](const Group& group) { return group.points.empty(); });
+  }
+
+  std::size_t largest_layer(std::size_t measured) const {  // bytes
+    std::size_t most = 0;
+    for (std::size_t l = 0; l < header_.layers.size(); ++l)
+      most = std::max(most, DeviceLayer::bytes(header_, static_cast<int>(l), trace_.data.elements, measured));
+    return most;
   }
 
   static std::vector<DevicePoint> device_points(const std::vector<PointState*>& states) {
@@ -128,15 +141,13 @@ class DeviceRun {
 
   /// As many layers as fit beside one point of the largest group; at least one.
   int layers_at_once() {
-    std::size_t largest = 0, layer = 0, measured = 0;
+    std::size_t largest = 0, measured = 0;
     for (const Group& group : groups_) {
       largest = std::max(largest, point_bytes(group));
       measured += group.plan.settings.measured.size();
     }
-    for (std::size_t l = 0; l < header_.layers.size(); ++l)
-      layer = std::max(layer, DeviceLayer::bytes(header_, static_cast<int>(l), trace_.data.elements, measured));
-    layer_bytes_ = layer;
-    const std::size_t fit = memory_ / (layer + largest);
+    layer_bytes_ = largest_layer(measured);
+    const std::size_t fit = memory_ / (layer_bytes_ + largest);
     return static_cast<int>(std::clamp<std::size_t>(fit, 1, header_.layers.size()));
   }
 

@@ -45,7 +45,8 @@ struct DeviceOptions {
 
 /// Replays points of one trace on all devices. `finished(i, outcome)` is called once for every point, in any order,
 /// from the calling thread, as soon as it is known; when it returns false the points that are not under way are left out.
-/// A failing point does not disturb the others. Throws CudaError when no device works at all.
+/// A failing point does not disturb the others; one that does not fit beside one layer fails with a CudaError. Throws
+/// CudaError when no device works at all.
 void replay_on_device(Session& session, std::span<const DevicePoint> points, const DeviceOptions& options,
                       const std::function<bool(std::size_t, DeviceOutcome)>& finished);
 

@@ -130,7 +130,7 @@ __global__ __launch_bounds__(gradient_threads) void gradient_tile_kernel(Attenti
         const bool seen = plain | ((first + column <= last) & sight_of(task, row_token[column]).sees(token[r]));
         s[n][e] = seen ? shape.scale * p * (t[n][e] - e_dot_o[column]) * slope : 0.f;
       }
-    add_values<Element, D, N>(g, s, base + Layout::queries, shape.key_dim);
+    add_values<Element, D, N, false>(g, s, base + Layout::queries, shape.key_dim);
   }
   close_copies();  // without a pair the slots may still be on their way
   await_copies<0>();

@@ -201,9 +201,10 @@ __device__ __forceinline__ void start_dots(Accumulators& d, uint32_t a, uint32_t
   products_end();
 }
 
-/// Probabilities of 64 x 128 as operands, both words of each.
+/// Probabilities of 64 x 128 as operands, both words of each, or, `fast`, each rounded to one.
+template <bool fast>
 struct SplitTile {
-  uint32_t high[8][4], low[8][4];
+  uint32_t high[8][4], low[fast ? 1 : 8][4];
 
   template <class Element>
   __device__ __forceinline__ void split(const Accumulators& p) {
@@ -211,19 +212,22 @@ struct SplitTile {
     for (int k = 0; k < 8; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        Words<Element>::split(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1], high[k][i], low[k][i]);
+        if constexpr (fast)
+          high[k][i] = Words<Element>::pack(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
+        else
+          Words<Element>::split(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1], high[k][i], low[k][i]);
   }
 };
 
 /// Starts o += P V for a tile of 128 slots.
-template <class Element>
-__device__ __forceinline__ void start_values(Accumulators& o, const SplitTile& p, uint32_t v) {
+template <class Element, bool fast>
+__device__ __forceinline__ void start_values(Accumulators& o, const SplitTile<fast>& p, uint32_t v) {
   pin(o);
   products_begin();
 #pragma unroll
   for (int k = 0; k < 8; ++k) product<Element>(o, p.high[k], operand(v + k * 2048, half_128, 1024));
 #pragma unroll
-  for (int k = 0; k < 8; ++k) product<Element>(o, p.low[k], operand(v + k * 2048, half_128, 1024));
+  for (int k = 0; !fast && k < 8; ++k) product<Element>(o, p.low[k], operand(v + k * 2048, half_128, 1024));
   products_end();
 }
 #endif

@@ -45,7 +45,8 @@ __device__ void copy_row_tiles(const AttentionTask& task, const SlotTiles& tiles
 }
 #endif
 
-template <class Element, bool valued>
+/// `fast`: see block_attention.
+template <class Element, bool valued, bool fast>
 __global__ __launch_bounds__(HopperRows<valued>::threads,
                              1) void hopper_row_kernel(AttentionShape shape, LogitRule rule, const AttentionTask* tasks,
                                                        int count, int ranks) {
@@ -121,7 +122,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
     Accumulators o;
     if constexpr (valued) {
       set_zero(o);
-      SplitTile p;
+      SplitTile<fast> p;
       const auto start_sum = [&](int i) __attribute__((always_inline)) {
         const int buffer = Layout::keys_of(i) + 1;
         barrier_wait(full + 8 * buffer, i / 2 & 1);

@@ -221,7 +221,8 @@ __device__ void load_row_step(const AttentionTask& task, const AttentionShape& s
 __device__ inline const int* lost_at_of(const AttentionTask&) { return nullptr; }
 __device__ inline const int* lost_at_of(const LostMassTask& task) { return task.lost_at; }
 
-template <class Element, int D, class Task>
+/// `fast`: see block_attention.
+template <class Element, int D, class Task, bool fast>
 __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, LogitRule rule, const Task* tasks,
                                                           int count, int ranks) {
   constexpr bool lost = std::is_same_v<Task, LostMassTask>;
@@ -281,7 +282,7 @@ __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, 
       const float2 rescale = running.take(s, factor2, shift);
       if (valued) {
         rescale_rows(o, rescale);
-        add_values<Element, D, N>(o, s, base + Layout::values + stage * Layout::tile, shape.value_dim);
+        add_values<Element, D, N, fast>(o, s, base + Layout::values + stage * Layout::tile, shape.value_dim);
       }
     }
     __syncthreads();

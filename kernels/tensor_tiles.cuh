@@ -72,17 +72,21 @@ __device__ void dot_tile(float (&s)[N][4], uint32_t a, int row, uint32_t b, int 
   add_dots<Element, D>(s, a, row, b, dim);
 }
 
-/// o += P V: P is a dot_tile's 16 x 8N weights, both words of each; V has 8N rows of `dim` elements.
-template <class Element, int D, int N>
+/// o += P V: P is a dot_tile's 16 x 8N weights, both words of each, or, `fast`, each rounded to one; V has 8N rows of
+/// `dim` elements.
+template <class Element, int D, int N, bool fast>
 __device__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4], uint32_t v, int dim) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
-    uint32_t high[4], low[4], right[4];
+    [[maybe_unused]] uint32_t high[4], low[4], right[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float(&block)[4] = p[2 * k + i / 2];
-      Words<Element>::split(block[i % 2 * 2], block[i % 2 * 2 + 1], high[i], low[i]);
+      if constexpr (fast)
+        high[i] = Words<Element>::pack(block[i % 2 * 2], block[i % 2 * 2 + 1]);
+      else
+        Words<Element>::split(block[i % 2 * 2], block[i % 2 * 2 + 1], high[i], low[i]);
     }
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
@@ -90,6 +94,7 @@ __device__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4], uint32_
       load_transposed(right, v + chunk_offset<D>(k * 16 + lane % 16, n + lane / 16));
       Words<Element>::mma(o[n], high, right[0], right[1]);
       Words<Element>::mma(o[n + 1], high, right[2], right[3]);
+      if constexpr (fast) continue;
       Words<Element>::mma(o[n], low, right[0], right[1]);
       Words<Element>::mma(o[n + 1], low, right[2], right[3]);
     }

@@ -56,10 +56,10 @@ void check(const Problem& problem) {
 /// Tasks of one launch. Problems may differ in rows, slots and what they use, not in the common shape.
 class Launch {
  public:
-  explicit Launch(const std::vector<Problem*>& problems) {
+  explicit Launch(const std::vector<Problem*>& problems, bool fast = false) {
     const ProblemShape& shape = problems[0]->shape();
     shape_ = {shape.elements, shape.key_dim, shape.value_dim, shape.group, static_cast<float>(scale_of(shape)),
-              shape.softcap};
+              shape.softcap,  fast};
     for (const Problem* p : problems) {
       tasks_.push_back(p->task()), lost_.push_back(p->lost_task()), gradients_.push_back(p->gradient_task());
       bounds_.rows = std::max(bounds_.rows, p->shape().rows), bounds_.slots = std::max(bounds_.slots, p->shape().slots);
@@ -110,6 +110,25 @@ TEST_P(BlockAttention, AgreesWithFloat64AndRepeats) {
 }
 
 constexpr Dtype bf16 = Dtype::bfloat16, fp16 = Dtype::float16, fp32 = Dtype::float32;
+
+TEST_P(BlockAttention, FastRoundsProbabilitiesOfTheOutputAlone) {
+  if (no_device()) GTEST_SKIP() << "no CUDA device";
+  const ProblemShape& shape = GetParam();
+  Problem exact(shape, 7), fast(shape, 7);
+  exact.spoil(), fast.spoil();
+  Launch({&exact}).run();
+  Launch({&fast}, true).run();
+  EXPECT_TRUE(same_bits(exact.lse(), fast.lse()) && same_bits(exact.sums(), fast.sums()) &&
+              same_bits(exact.lost(), fast.lost()));
+  const auto output = fast.output();
+  const Expected want = fast.expected();
+  const double limit = shape.elements == bf16 ? 4e-3 : shape.elements == fp16 ? 5e-4 : 2e-6;  // half a last bit
+  for (int g = 0; g < shape.group; ++g)
+    EXPECT_LT(relative_error(output, want.output, shape.value_dim, shape.group, g), limit) << "head " << g;
+  if (shape.slots > 1) {
+    EXPECT_EQ(same_bits(exact.output(), output), shape.elements == fp32) << "a switch that changes something";
+  }
+}
 
 /// Every dim with every element type at one size, then each switch, then sizes around the tiles' edges.
 std::vector<ProblemShape> shapes() {

@@ -2,6 +2,10 @@
 // that stay with their point, and an end when told. Skipped without a device.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <iterator>
+#include <string_view>
+
 #include "tests/parity/cases.hpp"
 #include "tests/parity/made_trace.hpp"
 
@@ -71,14 +75,90 @@ TEST_F(DeviceRuns, TogetherAndAloneGiveTheSameBits) {
   }
 }
 
+/// One layer at a time: what each is said to take at most is some 65 MiB.
 TEST_F(DeviceRuns, WithLittleMemoryTheBitsAreTheSame) {
-  MadeTrace trace("memory", shape, 3);
+  Shape deep = shape;
+  deep.layers = 4;
+  MadeTrace trace("memory", deep, 3);
   const std::vector<Case> cases = catalogue(trace.session().header());
   const auto roomy = replay_together(trace.session(), cases),
-             narrow = replay_together(trace.session(), cases, {std::size_t{64} << 20});
+             narrow = replay_together(trace.session(), cases, {std::size_t{80} << 20});
   for (std::size_t i = 0; i < cases.size(); ++i) {
     EXPECT_EQ(error_of(narrow[i]), "") << cases[i].name;
     EXPECT_EQ(bit_difference(roomy[i].result, narrow[i].result), "") << cases[i].name;
+  }
+}
+
+TEST_F(DeviceRuns, WithTooLittleMemoryPointsSayWhatToChange) {
+  MadeTrace trace("tiny", shape, 3);
+  const std::vector<Case> cases = catalogue(trace.session().header());
+  for (const DeviceOutcome& outcome : replay_together(trace.session(), cases, {std::size_t{1} << 20})) {
+    const std::string error = error_of(outcome);
+    EXPECT_NE(error.find("CudaError"), std::string::npos) << error;
+    EXPECT_NE(error.find("1.0 MiB may be used: lower the budget or replay.block, or give more with --device-memory"),
+              std::string::npos)
+        << error;
+  }
+}
+
+/// The points that fit run, whatever else was asked for.
+TEST_F(DeviceRuns, WhatDoesNotFitTakesNothingAlong) {
+  Shape wide = shape;
+  wide.tokens = 20000, wide.prompt_tokens = 19900, wide.wo = wide.e = false, wide.group = 1;
+  MadeTrace trace("partly", wide, 3);
+  std::vector<Case> cases;
+  for (const char* budget : {"100", "90%", "200"}) {
+    ReplaySettings settings;
+    settings.block = {64}, settings.measured = parse_measure("last:10", wide.tokens, wide.prompt_tokens);
+    cases.push_back(make_case(trace.session().header(), find_policy("streaming_llm"), {}, budget, settings, ""));
+  }
+  const std::string error = error_of(replay_together(trace.session(), {cases[1]}, {std::size_t{1} << 20})[0]);
+  const std::string_view before = "this point take ";
+  ASSERT_NE(error.find(before), std::string::npos) << error;
+  const double needed = std::stod(error.substr(error.find(before) + before.size()));  // MiB
+  const auto roomy = replay_together(trace.session(), cases),
+             narrow = replay_together(trace.session(), cases, {static_cast<std::size_t>((needed - 1) * 1048576)});
+  EXPECT_EQ(error_of(roomy[1]), "");
+  EXPECT_NE(error_of(narrow[1]).find("--device-memory"), std::string::npos) << error_of(narrow[1]);
+  for (const std::size_t i : {0u, 2u}) {
+    EXPECT_EQ(error_of(narrow[i]), "");
+    EXPECT_EQ(bit_difference(roomy[i].result, narrow[i].result), "");
+  }
+}
+
+/// A budget of nothing is refused when a config is read (test_backend.py); the engines do not take it either.
+TEST_F(DeviceRuns, ABudgetOfNothingIsTheSameErrorOnBothEngines) {
+  MadeTrace trace("nothing", shape, 3);
+  std::vector<Case> cases = catalogue(trace.session().header());
+  for (Case& c : cases) c.settings.budget = 0;
+  const auto outcomes = replay_together(trace.session(), cases);
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    EXPECT_NE(error_of(outcomes[i]), "") << cases[i].name;
+    EXPECT_EQ(error_of(outcomes[i]), error_of(replay_on_cpu(trace.session(), cases[i]))) << cases[i].name;
+  }
+}
+
+/// `replay.precision: fast` rounds outputs of prompt blocks; what is kept, and what is measured of single tokens, stays.
+TEST_F(DeviceRuns, FastChangesTheOutputsOfPromptBlocksAlone) {
+  MadeTrace trace("fast", shape, 9);
+  const TraceHeader& header = trace.session().header();
+  std::vector<Case> cases = catalogue(header);
+  const auto exact = replay_together(trace.session(), cases);
+  for (Case& c : cases) c.settings.precision = Precision::fast;
+  const auto fast = replay_together(trace.session(), cases);
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(cases[i].name);
+    ASSERT_EQ(error_of(fast[i]), "");
+    const ReplayResult &a = exact[i].result, &b = fast[i].result;
+    EXPECT_TRUE(a.final_position == b.final_position && a.final_multiplicity == b.final_multiplicity);
+    EXPECT_TRUE(same_bits(a.lost_mass, b.lost_mass));
+    EXPECT_FALSE(same_bits(a.error2, b.error2)) << "a switch that changes something";
+    EXPECT_NEAR(*metrics_of(a).nmse, *metrics_of(b).nmse, 4e-3);
+    const std::size_t queries = a.measured.size();
+    for (std::size_t q = 0; q < a.error2.size(); ++q)
+      if (a.measured[q % queries] >= header.prompt_tokens) {
+        ASSERT_EQ(a.error2[q], b.error2[q]) << q;
+      }
   }
 }
 
@@ -204,6 +284,44 @@ TEST_F(DeviceRuns, AgreeOnTracesAtTheEdges) {
     SCOPED_TRACE(policy);
     expect_agreement(agreement, 2);
   }
+}
+
+/// A prompt of 128k tokens in one block, its last queries recorded: the long end that a replay must reach.
+TEST_F(DeviceRuns, AgreeOn128kTokens) {
+  const Shape longest{.layers = 1,
+                      .kv_heads = 1,
+                      .group = 4,
+                      .head_dim = 128,
+                      .value_dim = 128,
+                      .tokens = 1 << 17,
+                      .prompt_tokens = (1 << 17) - 16};
+  const auto path = write_late_queries(longest, longest.tokens - 64);
+  Session session(path);
+  const TraceHeader& trace = session.header();
+  std::vector<Case> cases;
+  for (const char* policy : {"snapkv", "streaming_llm"}) {
+    const PolicyEntry& entry = find_policy(policy);
+    ReplaySettings settings;
+    settings.compress = entry.published.compress, settings.positions = entry.published.positions;
+    settings.measured = parse_measure("last:16", trace.tokens, trace.prompt_tokens);
+    cases.push_back(make_case(trace, entry, {}, "4096", settings, "128k"));
+  }
+  const auto outcomes = replay_together(session, cases);
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(cases[i].name);
+    ASSERT_EQ(error_of(outcomes[i]), "");
+    const ReplayResult cpu = replay(session, cases[i]), &gpu = outcomes[i].result;
+    const auto &ours = cpu.final_position.at(0), &theirs = gpu.final_position.at(0);
+    const std::size_t grown = cases[i].settings.compress == Compress::prompt ? 16 : 0;
+    EXPECT_EQ(theirs.size(), 4096 + grown);
+    EXPECT_EQ(gpu.slots, cpu.slots);
+    std::vector<std::int64_t> apart;
+    std::ranges::set_symmetric_difference(ours, theirs, std::back_inserter(apart));
+    EXPECT_LE(apart.size(), 4u) << "of 4096 slots a near tie or two";
+    EXPECT_TRUE(close(*metrics_of(gpu).nmse, *metrics_of(cpu).nmse, 1e-3, 1e-5))
+        << *metrics_of(cpu).nmse << ", " << *metrics_of(gpu).nmse;
+  }
+  std::filesystem::remove(path);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +28,23 @@ def kvreplay_binary(request: pytest.FixtureRequest) -> Path:
     if not path.is_file():
         pytest.fail(f"{path} does not exist: build it first (cmake --build build), or name it with --kvreplay")
     return path
+
+
+@pytest.fixture(scope="session")
+def why_no_gpu(kvreplay_binary: Path) -> str:
+    """Why the program finds no device that works, in its own words; "" when it finds one."""
+    command = [str(kvreplay_binary), "run", "configs/smoke.yaml", "backend=cuda", "--dry-run", "--out", "/nowhere"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode in (0, 4), done.stderr
+    return "" if done.returncode == 0 else done.stderr.strip()
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest, why_no_gpu: str) -> str:
+    """Each engine that can run here; `pytest -k cuda` takes one alone."""
+    if request.param == "cuda" and why_no_gpu:
+        pytest.skip(why_no_gpu)
+    return request.param
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 from kvreplay_cli import Series, run
 
-PROCESSES = 2
+PROCESSES = min(16, os.cpu_count() or 2)
 
 
 class Engine:
@@ -20,15 +21,15 @@ class Engine:
     """
 
     def __init__(self, binary: Path, data: Path, folder: Path, points: list, block: Callable[[Any], dict[str, Any]],
-                 want: Callable[[Any], dict[str, Any]]) -> None:
-        self.binary, self.data, self.folder, self.points = binary, data, folder, points
+                 want: Callable[[Any], dict[str, Any]], backend: str) -> None:
+        self.binary, self.data, self.folder, self.points, self.backend = binary, data, folder, points, backend
         self.block, self.want = block, want
         self.rows: dict[str, list[dict[str, Any]]] = {}
 
     def sweep(self, trace: str, blocks: list[dict[str, Any]], folder: Path, **base: Any) -> list[dict[str, Any]]:
         """Rows of one sweep over a sample trace."""
-        config = {"trace": str(self.data / f"{trace}.h5"), "backend": "cpu", "seed": 0, "series": True, **base,
-                  "replay": {"measure": "decode"}, "sweep": blocks}
+        config = {"trace": str(self.data / f"{trace}.h5"), "backend": self.backend, "seed": 0, "series": True,
+                  **base, "replay": {"measure": "decode"}, "sweep": blocks}
         return run(self.binary, config, folder)
 
     def result(self, point: Any) -> tuple[dict[str, Any], Series]:
@@ -46,7 +47,7 @@ class Engine:
 
 @contextmanager
 def answers(evaluate: Callable[[Path, Any], Any], data: Path, points: list) -> Iterator[dict[Any, Future]]:
-    """The oracle's answers, computed by two processes while the tests run (nothing is kept on disk)."""
+    """The oracle's answers, computed by processes of their own while the tests run (nothing is kept on disk)."""
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield {point: pool.submit(evaluate, data / f"{point.trace}.h5", point) for point in points}
         pool.shutdown(cancel_futures=True)

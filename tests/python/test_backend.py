@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from program import QUICK, REPO, WIKI, Program, measured
+from program import QUICK, WIKI, Program, measured
 
 SMOKE = f"""trace: {WIKI}
 timing.repeats: 0
@@ -19,24 +19,15 @@ budget: 25%
 """
 
 
-@pytest.fixture(scope="session")
-def gpu(kvreplay_binary: Path) -> bool:
-    """Whether the program finds a device that works."""
-    command = [str(kvreplay_binary), "run", "configs/smoke.yaml", "backend=cuda", "--dry-run", "--out", "/nowhere"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode in (0, 4), done.stderr
-    return done.returncode == 0
+@pytest.fixture
+def with_gpu(why_no_gpu: str) -> None:
+    if why_no_gpu:
+        pytest.skip(why_no_gpu)
 
 
 @pytest.fixture
-def with_gpu(gpu: bool) -> None:
-    if not gpu:
-        pytest.skip("no CUDA device")
-
-
-@pytest.fixture
-def without_gpu(gpu: bool) -> None:
-    if gpu:
+def without_gpu(why_no_gpu: str) -> None:
+    if not why_no_gpu:
         pytest.skip("there is a CUDA device")
 
 
@@ -99,6 +90,30 @@ def test_auto_with_a_device_is_cuda_and_repeats_to_the_bit(program: Program) -> 
     program.run("--force", "--device-memory", "1GiB", "--jobs", "1")
     assert {row["run"]: measured(row) for row in program.rows()} == once
     assert "9 to run, 9 done" in program.run("backend=[cpu, cuda]", "--dry-run").stdout
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_errors_are_those_of_the_cpu(program: Program) -> None:
+    program.write(f"trace: {WIKI}\npolicy: h2o\nbudget: 0\n")
+    cpu, cuda = (program.run(f"backend={backend}", code=2).stderr for backend in ("cpu", "cuda"))
+    assert cpu == cuda and "config.yaml:3: budget: expected a share" in cuda
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_too_little_memory_is_an_error_that_says_what_to_change(program: Program) -> None:
+    done = program.write(QUICK.replace("backend: cpu", "backend: cuda")).run("--device-memory", "1MiB", code=4)
+    assert "give more with --device-memory" in done.stderr
+    assert {row["status"] for row in program.rows()} == {"error"}
+    assert "5 ran" in program.run("--retry-failed").stdout
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_fast_is_a_run_of_its_own_that_keeps_the_same(program: Program) -> None:
+    program.write(f"trace: {WIKI}\nbackend: cuda\ntiming.repeats: 0\nseries: true\nreplay.measure: all\n"
+                  "policy: snapkv\nbudget: 25%\n").run("replay.precision=[exact, fast]")
+    exact, fast = sorted(program.rows(), key=lambda row: row["replay.precision"])
+    assert exact["run"] != fast["run"] and 0 < abs(exact["nmse"] - fast["nmse"]) < 4e-3
+    assert exact["slots.decode_mean"] == fast["slots.decode_mean"]
 
 
 @pytest.mark.usefixtures("with_gpu")

@@ -1,4 +1,4 @@
-"""The program against the golden tables: kept sets and multiplicities exactly, errors to 5e-6 (design.md section 12).
+"""Both engines against the golden tables: kept sets and multiplicities exactly, errors to 5e-6 (design.md section 12).
 
 Each case writes its inputs as a small trace, runs the program on it and reads the series. WeightedKV A1 and A4 start
 from given averages and are tested at hook level.
@@ -17,17 +17,18 @@ from kvreplay_cli import Series, run
 TOLERANCE = 5e-6
 
 
-def config(case: Case, trace: Path) -> dict[str, Any]:
+def config(case: Case, trace: Path, backend: str) -> dict[str, Any]:
     """One point."""
     point = {"policy": {"name": case.policy, **case.params}, "budget": case.budget}
     if case.protect:
         point["protect"] = case.protect
-    return {"trace": str(trace), "backend": "cpu", "seed": 0, "series": True, "replay": case.settings, "sweep": [point]}
+    return {"trace": str(trace), "backend": backend, "seed": 0, "series": True, "replay": case.settings,
+            "sweep": [point]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: Case, kvreplay_binary: Path, tmp_path: Path) -> None:
-    (row,) = run(kvreplay_binary, config(case, case.write(tmp_path)), tmp_path)
+def test_case(case: Case, backend: str, kvreplay_binary: Path, tmp_path: Path) -> None:
+    (row,) = run(kvreplay_binary, config(case, case.write(tmp_path), backend), tmp_path)
     series = Series(tmp_path, row)
     assert row["policy"] == case.policy and row["budget_slots"] == min(case.budget, case.k.shape[2])
     assert series.heads == (case.q.shape[0], case.k.shape[1])

@@ -1,5 +1,5 @@
-"""The program against the golden values of the merging policies: kept sets, multiplicities and counts exactly, the
-error of measured queries to 1e-6 (merge_cases.py, merge_fold_cases.py).
+"""Both engines against the golden values of the merging policies: kept sets, multiplicities and counts exactly, the
+error of measured queries to 1e-6, on CUDA to 5e-6 (merge_cases.py, merge_fold_cases.py).
 
 Not reachable through a replay, and so tested on the oracle alone: a given cosine threshold of D2O, CaM with given sums,
 the pyramid of 32 layers.
@@ -16,14 +16,14 @@ from kvreplay_cli import Series, run
 from merge_cases import LINK_CASES, MergeCase
 from merge_fold_cases import FOLD_CASES
 
-TOLERANCE = 1e-6
+TOLERANCE = {"cpu": 1e-6, "cuda": 5e-6}
 CASES = [*LINK_CASES, *FOLD_CASES]
 
 
-def config(case: MergeCase, trace: Path) -> dict[str, Any]:
+def config(case: MergeCase, trace: Path, backend: str) -> dict[str, Any]:
     """One point."""
     point = {"policy": {"name": case.policy, **case.params}, "budget": case.budget, "allocation": case.allocation}
-    return {"trace": str(trace), "backend": "cpu", "seed": 0, "series": True, "replay": case.settings,
+    return {"trace": str(trace), "backend": backend, "seed": 0, "series": True, "replay": case.settings,
             "sweep": [{key: value for key, value in point.items() if value}]}
 
 
@@ -39,8 +39,8 @@ def check_slots(case: MergeCase, series: Series) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_case(case: MergeCase, kvreplay_binary: Path, tmp_path: Path) -> None:
-    (row,) = run(kvreplay_binary, config(case, case.write(tmp_path)), tmp_path)
+def test_case(case: MergeCase, backend: str, kvreplay_binary: Path, tmp_path: Path) -> None:
+    (row,) = run(kvreplay_binary, config(case, case.write(tmp_path), backend), tmp_path)
     series = Series(tmp_path, row)
     assert row["policy"] == case.policy
     check_slots(case, series)
@@ -52,7 +52,8 @@ def test_case(case: MergeCase, kvreplay_binary: Path, tmp_path: Path) -> None:
         assert case.settings["measure"] == "all" and case.rows is None
     error = np.sqrt(series.error2.sum(axis=1))
     for (layer, token), want in case.distance.items():
-        assert abs(error[layer, token] - want) <= TOLERANCE, f"|d| of token {token}: {error[layer, token]}, want {want}"
+        apart = abs(error[layer, token] - want)
+        assert apart <= TOLERANCE[backend], f"|d| of token {token}: {error[layer, token]}, want {want}"
 
 
 def test_names_are_used_once() -> None:

@@ -1,4 +1,4 @@
-"""The program against the float64 oracle on the sample traces: merging policies, further scorers, allocations.
+"""Both engines against the float64 oracle on the sample traces: merging policies, further scorers, allocations.
 
 As in test_engine_oracle.py: metrics agree to 1e-3 relative, kept sets and multiplicities in every head in which no
 choice was nearer than 1e-5 relative. By default merge_points.default() runs (some 130 points), with `--full` the rest.
@@ -55,10 +55,11 @@ def settings_of(point: MergePoint) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine(kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
+def engine(backend: str, kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
            request: pytest.FixtureRequest) -> Engine:
-    """The program."""
-    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("merges"), _points(request.config), block_of, settings_of)
+    """The program with one of its engines."""
+    folder = tmp_path_factory.mktemp(backend)
+    return Engine(kvreplay_binary, data, folder, _points(request.config), block_of, settings_of, backend)
 
 
 @pytest.fixture(scope="module")

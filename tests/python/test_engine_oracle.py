@@ -1,4 +1,4 @@
-"""The program against the float64 oracle on the sample traces (design.md section 10).
+"""Both engines against the float64 oracle on the sample traces (design.md section 10).
 
 Metrics agree to 1e-3 relative. Kept sets agree in every head in which no compression chose between scores closer than
 1e-5 relative; where one did, a swapped slot may change every later choice, so only the number of slots is compared.
@@ -50,10 +50,11 @@ def settings_of(point: Point) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def engine(kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
+def engine(backend: str, kvreplay_binary: Path, data: Path, tmp_path_factory: pytest.TempPathFactory,
            request: pytest.FixtureRequest) -> Engine:
-    """The program."""
-    return Engine(kvreplay_binary, data, tmp_path_factory.mktemp("engine"), _points(request.config), block_of, settings_of)
+    """The program with one of its engines."""
+    folder = tmp_path_factory.mktemp(backend)
+    return Engine(kvreplay_binary, data, folder, _points(request.config), block_of, settings_of, backend)
 
 
 @pytest.fixture(scope="module")

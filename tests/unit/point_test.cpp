@@ -129,6 +129,16 @@ TEST(Point, OnTheGpuItIsAnotherRun) {
   EXPECT_EQ(id("policy: h2o\nbudget: 25%\nbackend: cuda\n"), id("policy: h2o\nbudget: 25%\nbackend: auto\n"));
 }
 
+TEST(Resolve, PrecisionIsACudaPointsAlone) {
+  EXPECT_EQ(value(point_of("policy: full\nreplay.precision: exact\n"), "replay.precision"), "exact");
+  EXPECT_EQ(error_of("policy: full\nbackend: cpu\nreplay.precision: fast\n", {}),
+            "c.yaml:4: replay.precision: fast is for cuda, and this point runs on cpu; use exact");
+  Point point = point_of("policy: h2o\nbudget: 25%\n");
+  const std::string exact = canonical(point, "abc");
+  point.keys.precision = Precision::fast;
+  EXPECT_NE(canonical(point, "abc"), exact) << "it changes results";
+}
+
 TEST(RunId, IsStable) {
   const std::string text = canonical(point_of("policy: h2o\nbudget: 25%\n"), "abc");
   EXPECT_EQ(

@@ -121,7 +121,8 @@ TEST(Sweep, AMisspeltKeyAtEveryLevelIsAnErrorWithTheNearestName) {
 }
 
 TEST(Sweep, RefusesWrongShapes) {
-  EXPECT_EQ(error_of("replay: prompt\n"), "c.yaml:1: replay: expected a map with block, compress, positions, measure");
+  EXPECT_EQ(error_of("replay: prompt\n"),
+            "c.yaml:1: replay: expected a map with block, compress, positions, precision, measure");
   EXPECT_EQ(error_of("budget: []\n"), "c.yaml:1: budget: the list is empty");
   EXPECT_EQ(error_of("budget: [[1, 2]]\n"), "c.yaml:1: budget: a list inside a list");
   EXPECT_EQ(error_of("budget: {x: 1}\n"), "c.yaml:1: budget.x: unknown key; did you mean 'budget'?");
