@@ -88,7 +88,7 @@ class DeviceRun {
     std::vector<PointState*> points;
     std::size_t bytes;
     Clock::time_point start;
-    std::unique_ptr<Event> begin;
+    std::unique_ptr<Event> begin, end;  // around its launches
   };
 
   void make_groups() {
@@ -182,13 +182,14 @@ class DeviceRun {
   void start(Group& group, const std::vector<PointState*>& points, std::size_t bytes, int first_layer, bool last) {
     const cudaStream_t stream = streams_[underway_.size()]->id;
     try {
-      const Clock::time_point start = Clock::now();
-      auto begin = std::make_unique<Event>();
-      begin->record(stream);
       auto batch = std::make_unique<Batch>(trace_, header_, group.plan, device_points(points),
                                            layers_for(group, stream), first_layer, Timing::none);
+      auto begin = std::make_unique<Event>(), end = std::make_unique<Event>();
+      const Clock::time_point start = Clock::now();
+      begin->record(stream);
       batch->run(stream);
-      underway_.push_back({std::move(batch), &group, points, bytes, start, std::move(begin)});
+      end->record(stream);
+      underway_.push_back({std::move(batch), &group, points, bytes, start, std::move(begin), std::move(end)});
       used_ += bytes;
     } catch (const CudaError&) {
       const std::exception_ptr error = std::current_exception();
@@ -230,10 +231,7 @@ class DeviceRun {
     for (PointState* state : run.points) results.push_back(std::move(state->result));
     try {
       run.batch->collect(results, errors, stream);
-      Event end;
-      end.record(stream);
-      KV_CUDA_TRY(cudaEventSynchronize(end.id));
-      busy_.emplace_back(run.begin->since(began_), end.since(began_));
+      busy_.emplace_back(run.begin->since(began_), run.end->since(began_));
     } catch (const std::exception&) {
       std::ranges::fill(errors, std::current_exception());
     }

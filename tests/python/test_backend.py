@@ -83,6 +83,14 @@ def test_bench_without_a_device_leaves_out_what_is_not_asked_for(kvreplay_binary
     assert done.returncode == 4 and json.loads(out.read_text()) == {"device": None, "rows": []}, done
 
 
+def test_the_eager_loop_runs_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(REPO / "tests" / "bench")
+    import peers
+
+    assert 0 < peers.eager_h2o_us("cpu", slots=32, steps=2) < 1e6
+
+
 def close(mine: object, theirs: object) -> bool:
     """Whether two engines' numbers, or lists of them, agree; NaN never does."""
     if isinstance(mine, list) and isinstance(theirs, list):
