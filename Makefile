@@ -6,7 +6,7 @@
 .PHONY: demo kvslimmer weightedkv kvmerger test build tests bench format check-format cuda sanitize capture system clean FORCE
 .DELETE_ON_ERROR:
 
-packages = cmake ninja-build g++ git python3 python3-venv libeigen3-dev libtbb-dev libhdf5-dev libyaml-cpp-dev libgtest-dev \
+packages = cmake ninja-build g++ git python3 python3-venv libeigen3-dev libtbb-dev libhdf5-dev zlib1g-dev libyaml-cpp-dev libgtest-dev \
            libcli11-dev libfmt-dev nlohmann-json3-dev libbenchmark-dev
 python = .venv/bin/python
 venv = .venv/.installed

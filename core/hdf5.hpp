@@ -115,7 +115,8 @@ class Dataset : public Object {
   /// for: a corrupt shape would otherwise ask for any amount.
   void check_stored() const;
 
-  /// Reads all elements in row-major order through a bounded buffer: `sink(index of the first element, bytes)`.
+  /// Reads all elements in row-major order through bounded buffers: `sink(index of the first element, bytes)`, which must
+  /// leave this library alone: what it gets next is read meanwhile.
   void stream(const std::function<void(std::uint64_t first, std::span<const std::byte> bytes)>& sink) const;
 
   /// Reads everything; T must be the stored type. Checks check_stored() before it allocates.
@@ -148,6 +149,9 @@ class Dataset : public Object {
   void expect(Type type) const;
   void check_chunks(std::int64_t properties, std::uint64_t logical, std::uint64_t stored) const;
   void read_block(const Shape& start, const Shape& count, std::span<std::byte> bytes) const;
+  /// The same for whole chunks, on all cores; false when HDF5 has to do it, or to say what is wrong.
+  bool decode_block(const Shape& start, const Shape& count, std::span<std::byte> bytes) const;
+  bool encode_block(const Shape& start, const Shape& count, std::span<const std::byte> bytes);  // the same for writing
   Id select(const Shape& start, const Shape& count) const;
   Type type_;
   Id type_id_;  // the file's own type, which is also the memory type of every transfer

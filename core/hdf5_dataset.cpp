@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <future>
 #include <memory>
 #include <numeric>
 
@@ -128,9 +129,9 @@ Id Dataset::select(const Shape& start, const Shape& count) const {
 }
 
 void Dataset::read_block(const Shape& start, const Shape& count, std::span<std::byte> bytes) const {
-  const Lock lock;
   KV_CHECK(type_ != Type::text && bytes.size() == product(count, element_size_));
-  if (bytes.empty()) return;
+  if (bytes.empty() || decode_block(start, count, bytes)) return;
+  const Lock lock;
   const Id file = select(start, count);
   const Id memory = memory_space(count);
   if (H5Dread(id_.get(), type_id_.get(), memory.get(), file.get(), H5P_DEFAULT, bytes.data()) < 0)
@@ -148,17 +149,25 @@ void Dataset::stream(const std::function<void(std::uint64_t, std::span<const std
   if (shape_.empty() || elements() == 0) return;
   std::uint64_t step = std::clamp<std::uint64_t>(slab_bytes / std::max<std::uint64_t>(inner, 1), 1, shape_[axis]);
   if (!chunk_.empty() && step > chunk_[axis]) step -= step % chunk_[axis];  // decode no chunk twice
-  std::vector<std::byte> buffer(step * inner);
   Shape start(shape_.size(), 0), count = shape_;
   std::fill(count.begin(), count.begin() + static_cast<std::ptrdiff_t>(axis), 1);
-  for (std::uint64_t first = 0; first < elements();) {
+  std::vector<std::byte> buffers[2];
+  const auto read = [&](std::vector<std::byte>& buffer) {
     count[axis] = std::min(step, shape_[axis] - start[axis]);
-    const std::span block(buffer.data(), count[axis] * inner);
-    read_block(start, count, block);
-    sink(first, block);
-    first += block.size() / element_size_;
+    buffer.resize(count[axis] * inner);
+    read_block(start, count, buffer);
     start[axis] += count[axis];
     for (std::size_t i = axis; i > 0 && start[i] == shape_[i]; --i) start[i] = 0, ++start[i - 1];
+  };
+  read(buffers[0]);
+  for (std::uint64_t first = 0, turn = 0; first < elements(); ++turn) {
+    const std::vector<std::byte>& block = buffers[turn % 2];
+    const std::uint64_t after = first + block.size() / element_size_;
+    std::future<void> next;
+    if (after < elements()) next = std::async(std::launch::async, read, std::ref(buffers[(turn + 1) % 2]));
+    sink(first, block);
+    if (next.valid()) next.get();
+    first = after;
   }
 }
 
@@ -189,9 +198,9 @@ std::vector<std::string> Dataset::read_text() const {
 void Dataset::write_bytes(std::span<const std::byte> bytes) { write_block(Shape(shape_.size(), 0), shape_, bytes); }
 
 void Dataset::write_block(const Shape& start, const Shape& count, std::span<const std::byte> bytes) {
-  const Lock lock;
   KV_CHECK(type_ != Type::text && bytes.size() == product(count, element_size_));
-  if (bytes.empty()) return;
+  if (bytes.empty() || encode_block(start, count, bytes)) return;
+  const Lock lock;
   const Id file = select(start, count);
   const Id memory = memory_space(count);
   if (H5Dwrite(id_.get(), type_id_.get(), memory.get(), file.get(), H5P_DEFAULT, bytes.data()) < 0)
@@ -237,7 +246,7 @@ Dataset Group::create(const std::string& name, Type type, const Shape& shape, co
     H5Pset_chunk(properties.get(), static_cast<int>(tile.size()), tile.data());
     if (type != Type::text) {  // strings lie in a heap, out of reach of filters
       H5Pset_shuffle(properties.get());
-      H5Pset_deflate(properties.get(), 1);
+      H5Pset_deflate(properties.get(), deflate_level);
       H5Pset_fletcher32(properties.get());
     }
   }

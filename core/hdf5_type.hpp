@@ -16,6 +16,8 @@ Type classify(std::int64_t type);
 /// `type` in words: "bfloat16", "big-endian float32", "uint16", "compound".
 std::string describe(std::int64_t type);
 
+constexpr int deflate_level = 1;  // of the chunks that we write
+
 /// A new HDF5 type of that kind. bfloat16 and float16 are self-describing floats: h5dump and h5py print true numbers.
 Id make_type(Type type);
 

@@ -129,6 +129,10 @@ std::shared_ptr<const PreparedLayer> Session::layer(int layer) {
   return layers.front().second;
 }
 
+void Session::stream(int layer, const std::string& name, const WordSink& sink) const {
+  impl_->trace.stream(layer, name, sink);
+}
+
 int Session::layers_at_once() {
   const std::size_t fit = impl_->memory_limit / std::max<std::size_t>(1, layer(0)->bytes());
   return static_cast<int>(std::clamp<std::size_t>(fit, 1, header().layers.size()));

@@ -37,6 +37,9 @@ class Session {
   /// Layer `layer` of header().layers. Not thread-safe: called between parallel sections.
   std::shared_ptr<const PreparedLayer> layer(int layer);
 
+  /// One dataset of a layer as it is stored, kept nowhere: Trace::stream. Any thread may, beside one in the other functions.
+  void stream(int layer, const std::string& name, const WordSink& sink) const;
+
   /// How many layers fit into memory together: what a parallel section may hold at once.
   int layers_at_once();
 

@@ -99,27 +99,34 @@ const TraceHeader& Trace::header() const { return impl_->header; }
 LayerTensors Trace::read_layer(int layer) const {
   const TraceHeader& header = impl_->header;
   KV_CHECK(layer >= 0 && static_cast<std::size_t>(layer) < header.layers.size());
-  const LayerInfo& info = header.layers[static_cast<std::size_t>(layer)];
-  const h5::Group group = impl_->file.group(info.path);
   LayerTensors tensors;
   const std::map<std::string, std::vector<float>*> wanted{
       {"q", &tensors.q}, {"k", &tensors.k},   {"v", &tensors.v},
       {"o", &tensors.o}, {"wo", &tensors.wo}, {"sink_logit", &tensors.sink_logit},
       {"e", &tensors.e},
   };
-  for (const LayerDataset& expected : layer_datasets(header, info)) {
-    const auto target = wanted.find(expected.name);
-    if (!expected.present || target == wanted.end()) continue;
-    const h5::Dataset dataset = group.dataset(expected.name);
-    if (dataset.type() != stored_type(expected.dtype) || dataset.shape() != expected.shape)
-      dataset.fail("changed since the trace was opened");
+  for (const LayerDataset& dataset : layer_datasets(header, header.layers[static_cast<std::size_t>(layer)])) {
+    const auto target = wanted.find(dataset.name);
+    if (!dataset.present || target == wanted.end()) continue;
     std::vector<float>& values = *target->second;
-    values.resize(dataset.elements());
-    dataset.stream([&](std::uint64_t first, std::span<const std::byte> words) {
-      widen(expected.dtype, words, values.data() + first);
+    values.resize(header.bytes(layer, dataset.name) / size_of(dataset.dtype));
+    stream(layer, dataset.name, [&](std::uint64_t first, std::span<const std::byte> words) {
+      widen(dataset.dtype, words, values.data() + first);
     });
   }
   return tensors;
+}
+
+void Trace::stream(int layer, const std::string& name, const WordSink& sink) const {
+  KV_CHECK(layer >= 0 && static_cast<std::size_t>(layer) < impl_->header.layers.size());
+  const LayerInfo& info = impl_->header.layers[static_cast<std::size_t>(layer)];
+  for (const LayerDataset& expected : layer_datasets(impl_->header, info)) {
+    if (expected.name != name || !expected.present) continue;
+    const h5::Dataset dataset = impl_->file.group(info.path).dataset(name);
+    if (dataset.type() != stored_type(expected.dtype) || dataset.shape() != expected.shape)
+      dataset.fail("changed since the trace was opened");
+    dataset.stream(sink);
+  }
 }
 
 }  // namespace kv

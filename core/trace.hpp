@@ -3,7 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -67,6 +69,9 @@ struct LayerTensors {
   std::vector<float> e;           // [query_heads][rows][value_dim], gradient of the loss by o; empty when not recorded
 };
 
+/// Takes words of a dataset as they are stored.
+using WordSink = std::function<void(std::uint64_t first, std::span<const std::byte> words)>;
+
 /// A validated trace file, open for reading. Layers are read one at a time.
 class Trace {
  public:
@@ -83,6 +88,10 @@ class Trace {
 
   /// Reads and widens layer `layer` (index into header().layers). Throws TraceError when the file fails underneath.
   LayerTensors read_layer(int layer) const;
+
+  /// Reads one dataset of a layer, such as "k", as it is stored: `sink(index of the first word, words)` for pieces in
+  /// row-major order; nothing when it was not recorded. Any thread may, several at once. Throws as read_layer does.
+  void stream(int layer, const std::string& name, const WordSink& sink) const;
 
  private:
   struct Impl;

@@ -1,4 +1,4 @@
-// `kvreplay bench`: what the CUDA engine costs against what it cannot go below.
+// `kvreplay bench`: what the engines cost against what they cannot go below.
 #pragma once
 #include <filesystem>
 #include <string>
@@ -11,8 +11,8 @@ struct BenchOptions {
   std::filesystem::path peers;  // what tests/bench/peers.py wrote; "" = no peers
 };
 
-/// Prints a table. Throws CudaError without a device, ConfigError for files that cannot be read or written, and in the end
-/// InternalError when a result was not right.
+/// Prints a table. Throws ConfigError for files that cannot be read or written, and in the end InternalError when a result
+/// was not right, CudaError when there is no device: the table then has the CPU engine's rows only.
 void bench(const BenchOptions& options);
 
 }  // namespace kv

@@ -65,7 +65,7 @@ void add_synth(CLI::App& app, std::string& file, kv::Synthetic& s, std::string& 
 }
 
 void add_bench(CLI::App& app, kv::BenchOptions& options) {
-  CLI::App* bench = app.add_subcommand("bench", "time the CUDA engine against what it cannot go below");
+  CLI::App* bench = app.add_subcommand("bench", "time the engines against what they cannot go below");
   bench->add_option("--only", options.only, "rows whose name contains this");
   bench->add_option("--json", options.json, "a file that gets the rows too");
   bench->add_option("--peers", options.peers,

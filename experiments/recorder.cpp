@@ -22,7 +22,7 @@ Recorded Recorder::record(const Point& point, Session& session, const DeviceOutc
   Recorded recorded;
   try {
     if (outcome.error) std::rethrow_exception(outcome.error);
-    recorded.said = add_measured(row, point, session, outcome.result);
+    recorded.said = add_measured(row, point, session, outcome);
   } catch (const std::exception& error) {
     std::string message = error.what();
     std::ranges::replace(message, '\n', ' ');
@@ -34,9 +34,10 @@ Recorded Recorder::record(const Point& point, Session& session, const DeviceOutc
   return recorded;
 }
 
-std::string Recorder::add_measured(Row& row, const Point& point, Session& session, const ReplayResult& result) {
+std::string Recorder::add_measured(Row& row, const Point& point, Session& session, const DeviceOutcome& outcome) {
+  const ReplayResult& result = outcome.result;
   const Metrics metrics = metrics_of(result);
-  add_result(row, point, session.header(), result, metrics, floor_of(point, session));
+  add_result(row, point, session.header(), result, metrics, floor_of(point, session, outcome));
   if (point.keys.series) save_series(point, session.header(), result);
   const bool idle = point.policy->traits().compresses && !row["acted"].get<bool>();
   return fmt::format("nmse={} {}{}{}", metrics.nmse ? fmt::format("{:.4g}", *metrics.nmse) : "undefined",
@@ -56,12 +57,12 @@ void Recorder::save_series(const Point& point, const TraceHeader& header, const 
   }
 }
 
-const NoiseFloor& Recorder::floor_of(const Point& point, Session& session) {
-  const std::pair key{point.keys.trace, point.keys.measure};
+const NoiseFloor& Recorder::floor_of(const Point& point, Session& session, const DeviceOutcome& outcome) {
+  const std::tuple key{point.keys.trace, point.keys.measure, point.backend};
   if (const auto at = floors_.find(key); at != floors_.end()) return at->second;
   NoiseFloor floor;
   if (std::ranges::all_of(session.header().layers, &LayerInfo::has_o)) {
-    const Metrics metrics = metrics_of(noise_floor(session, point.settings.measured));
+    const Metrics metrics = metrics_of(outcome.floor ? *outcome.floor : noise_floor(session, point.settings.measured));
     floor = {metrics.nmse, metrics.rel_l2.mean};
   }
   return floors_[key] = floor;

@@ -4,7 +4,7 @@
 #include <map>
 #include <optional>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "core/session.hpp"
 #include "experiments/point.hpp"
@@ -34,18 +34,17 @@ class Recorder {
   /// Appends the row of a point that ended, an error's too. `session` is its trace's.
   Recorded record(const Point& point, Session& session, const DeviceOutcome& outcome);
 
-  /// The noise floor of the point's measured queries, computed at the first call for them.
-  const NoiseFloor& floor_of(const Point& point, Session& session);
-
  private:
-  std::string add_measured(Row& row, const Point& point, Session& session, const ReplayResult& result);
+  std::string add_measured(Row& row, const Point& point, Session& session, const DeviceOutcome& outcome);
+  /// The noise floor of the point's measured queries, computed at the first call for them: by its own engine.
+  const NoiseFloor& floor_of(const Point& point, Session& session, const DeviceOutcome& outcome);
   void save_series(const Point& point, const TraceHeader& header, const ReplayResult& result) const;
 
   Results& results_;
   std::filesystem::path dir_;
   int threads_;
   std::string gpu_;
-  std::map<std::pair<std::string, std::string>, NoiseFloor> floors_;  // by trace and replay.measure
+  std::map<std::tuple<std::string, std::string, std::string>, NoiseFloor> floors_;  // by trace, measure and backend
 };
 
 }  // namespace kv

@@ -142,10 +142,7 @@ class Runner {
 
   void run_on_device(Session& session, const Points& points, Progress& progress) {
     std::vector<DevicePoint> given;
-    for (const Point* point : points) {
-      given.push_back({point->entry, point->policy.get(), &point->settings});
-      prepare_floor(*point, session);
-    }
+    for (const Point* point : points) given.push_back({point->entry, point->policy.get(), &point->settings});
     if (points.empty() || guard_.interrupted()) return;
     std::size_t ended = 0;
     std::exception_ptr broken;  // the output folder cannot be written: not the engine's to handle
@@ -160,14 +157,6 @@ class Runner {
     });
     if (broken) std::rethrow_exception(broken);
     KV_CHECK(ended == points.size() || guard_.interrupted());
-  }
-
-  /// Computes the point's noise floor before the engine has the session, which serves one caller at a time.
-  void prepare_floor(const Point& point, Session& session) {
-    try {
-      recorder_.floor_of(point, session);
-    } catch (const std::exception&) {  // the rows of the points will say so
-    }
   }
 
   static DeviceOutcome replay_here(Session& session, const Point& point) {

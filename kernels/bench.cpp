@@ -1,47 +1,18 @@
-#include "kernels/bench.hpp"
-
+// The CUDA engine's rows of `kvreplay bench`.
 #include <fmt/core.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
-#include <limits>
-#include <memory>
 
-#include "core/synthetic.hpp"
-#include "core/trace_writer.hpp"
 #include "kernels/bandwidth.hpp"
 #include "kernels/batch.hpp"
+#include "kernels/bench_sweep.hpp"
+#include "kernels/bench_work.hpp"
+#include "kernels/clocks.hpp"
 #include "kernels/event_times.hpp"
 
 namespace kv {
 namespace {
-
-/// A made-up trace of one layer in a temporary file, for as long as it is needed.
-class OneLayer {
- public:
-  explicit OneLayer(Synthetic settings) {
-    settings.layers = 1;
-    TraceHeader header = synthetic_header(settings);
-    file_ = std::filesystem::temp_directory_path() / fmt::format("kvreplay-bench-{}.h5", getpid());
-    TraceWriter writer(file_, header);
-    writer.write_layer(header.layers.front(), synthetic_layer(settings, 0));
-    writer.close();
-    session_ = std::make_unique<Session>(file_);
-  }
-  ~OneLayer() {
-    std::error_code ignored;
-    std::filesystem::remove(file_, ignored);
-  }
-  OneLayer(const OneLayer&) = delete;
-  OneLayer& operator=(const OneLayer&) = delete;
-  Session& session() { return *session_; }
-
- private:
-  std::filesystem::path file_;
-  std::unique_ptr<Session> session_;
-};
 
 /// Decode at a full cache: what is timed and what it is held against.
 struct DecodeCase {
@@ -55,37 +26,11 @@ struct DecodeCase {
 constexpr const char *slimmer_work = "kv_slimmer block of 512 at 2592 slots", *snapkv_work = "snapkv of 32k, 32 layers";
 constexpr int decode_steps = 256, layers = 32, repeats = 5;
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-/// What the CPU engine keeps of layer 0 must be what every layer of the device kept, and the errors must agree.
-void check(Session& session, const DevicePoint& point, const ReplayResult& device, const std::string& work) {
-  const ReplayResult cpu = replay(session, *point.entry, *point.policy, *point.settings);
-  const auto heads = static_cast<std::size_t>(cpu.kv_heads);
-  std::size_t differing = 0;
-  for (std::size_t i = 0; i < device.final_position.size(); ++i)
-    differing += device.final_position[i] != cpu.final_position[i % heads];
-  double got = 0, expected = 0;
-  for (std::size_t i = 0; i < cpu.error2.size(); ++i) got += device.error2[i], expected += cpu.error2[i];
-  // A tie that rounding decides may change a head; more than that is wrong.
-  if (!(static_cast<double>(differing) <= 0.05 * static_cast<double>(device.final_position.size())) ||
-      !(std::abs(got - expected) <= 5e-3 * expected))
-    throw InternalError(
-        fmt::format("bench: {}: {} of {} heads keep other slots than on the CPU, squared error {} against {}: "
-                    "nothing is timed",
-                    work, differing, device.final_position.size(), got, expected));
-}
-
-/// A policy with its parameters set.
-std::shared_ptr<BoundPolicy> make_policy(const PolicyEntry& entry,
-                                         const std::vector<std::pair<std::string, std::string>>& parameters) {
-  const std::shared_ptr<BoundPolicy> policy = entry.make();
-  for (const Field& field : policy->fields())
-    for (const auto& [name, value] : parameters)
-      if (field.name == name) field.set(parse_value(field, value));
-  return policy;
+std::size_t l2_bytes() {
+  int device = 0, bytes = 0;
+  KV_CUDA_TRY(cudaGetDevice(&device));
+  KV_CUDA_TRY(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return static_cast<std::size_t>(bytes);
 }
 
 /// Times passes of `points` equal points over copies of one made-up layer: `us(batch, stream)` after each. The first pass,
@@ -93,11 +38,15 @@ std::shared_ptr<BoundPolicy> make_policy(const PolicyEntry& entry,
 template <class Us>
 std::vector<double> time_batch(const std::string& work, const Synthetic& shape, int copies, const PolicyEntry& entry,
                                const BoundPolicy& policy, const ReplaySettings& settings, int points, Us us) {
-  OneLayer one(shape);
-  TraceHeader header = one.session().header();
+  Synthetic one_layer = shape;
+  one_layer.layers = 1;
+  const BenchTrace file(one_layer);
+  Session session(file.file());
+  TraceHeader header = session.header();
   header.layers.resize(static_cast<std::size_t>(copies), header.layers.front());
   const DeviceTrace trace(header);
-  DeviceLayer layer(trace, one.session(), 0, false);
+  Upload upload;
+  DeviceLayer layer(trace, session, 0, nullptr, upload);
   cudaStream_t stream = nullptr;
   const std::vector<BatchLayer> all(static_cast<std::size_t>(copies),
                                     {layer.measured(trace, settings.measured, stream), nullptr});
@@ -115,17 +64,9 @@ std::vector<double> time_batch(const std::string& work, const Synthetic& shape, 
     std::vector<std::exception_ptr> errors(equal.size());
     batch.collect(results, errors, stream);
     if (errors[0]) std::rethrow_exception(errors[0]);
-    check(one.session(), point, results.back(), work);
+    check_against(replay(session, entry, policy, settings), results.back(), work);
   }
   return times;
-}
-
-BenchRow row_of(const std::string& work, const std::string& floor, std::vector<double> us, double floor_us, double must,
-                double goal, const std::string& note) {
-  const auto [low, high] = std::minmax_element(us.begin(), us.end());
-  const double middle = median(us), noise = (*high - *low) / middle;
-  return {work, floor, middle, floor_us > 0 ? floor_us : std::numeric_limits<double>::quiet_NaN(),
-          must, goal,  noise,  note};
 }
 
 BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
@@ -141,7 +82,9 @@ BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
       [&](const Batch& batch, cudaStream_t stream) { return batch.steps_us(stream) / decode_steps / c.points; });
   const double bytes = static_cast<double>(layers) * shape.kv_heads * c.budget * 2.0 * shape.head_dim *
                        static_cast<double>(size_of(shape.dtype));
-  return row_of(c.work, "K and V held / read bandwidth", us, bytes / rates.read * 1e6, c.must, c.goal, "");
+  const bool fits = bytes <= static_cast<double>(l2_bytes());
+  return row_of(c.work, "K and V held / read bandwidth", us, bytes / rates.read * 1e6, c.must, c.goal,
+                fits ? "what is held fits the L2 cache: warm" : "");
 }
 
 /// One block of 512 tokens under KVSlimmer at 2592 slots: what a ninth block takes beyond eight.
@@ -197,18 +140,23 @@ std::vector<BenchRow> time_attention(const BenchPeers& peers) {
   Synthetic shape;  // normal data: on peaked attention the error is larger (6e-5 on the made-up traces' defaults)
   shape.tokens = tokens, shape.prompt_tokens = tokens - 1;
   shape.sinks = shape.outliers = 0, shape.heavy = shape.correlation = 0;
-  OneLayer one(shape);
-  const DeviceTrace trace(one.session().header());
-  DeviceLayer layer(trace, one.session(), 0, false);
+  shape.layers = 1;
+  const BenchTrace file(shape);
+  Session session(file.file());
+  const DeviceTrace trace(session.header());
+  Upload upload;
+  DeviceLayer layer(trace, session, 0, nullptr, upload);
   const std::vector<int> every = parse_measure("all", tokens, tokens - 1);
   const FullLook look = layer.full_look(trace, every, true);
-  const auto full =
-      event_times(repeats, [&] { block_attention(trace.shape(), look.tasks.data(), look.bounds, nullptr); });
-  const auto sums =
-      event_times(repeats, [&] { column_masses(trace.shape(), look.tasks.data(), look.bounds, nullptr); });
+  const auto attend = [&] { block_attention(trace.shape(), look.tasks.data(), look.bounds, nullptr); };
+  const auto add_up = [&] { column_masses(trace.shape(), look.tasks.data(), look.bounds, nullptr); };
+  const Buffer<char> other(4 * l2_bytes());
+  const auto sweep_cache = [&] { KV_CUDA_TRY(cudaMemsetAsync(other.data(), 0, other.size(), nullptr)); };
+  const auto full = event_times(repeats, attend), cold_full = event_times(repeats, attend, sweep_cache);
+  const auto sums = event_times(repeats, add_up), cold_sums = event_times(repeats, add_up, sweep_cache);
   // Some rows against the CPU engine; and every row's probabilities add up to 1.
   const std::vector<int> some = parse_measure("last:16", tokens, tokens - 1);
-  const auto reference = one.session().reference(0, some);
+  const auto reference = session.reference(0, some);
   const std::vector<float> output = look.output.to_host(), columns = look.sums.to_host();
   double error2 = 0, output2 = 0, mass = 0;
   const auto group = static_cast<std::size_t>(trace.data.group), dv = static_cast<std::size_t>(trace.data.value_dim);
@@ -227,10 +175,13 @@ std::vector<BenchRow> time_attention(const BenchPeers& peers) {
         fmt::format("bench: attention of 16k tokens: relative error {}, probabilities add up to {} of {}",
                     std::sqrt(error2 / output2), mass, rows));
   const double product = static_cast<double>(tokens) * tokens * shape.query_heads * shape.head_dim;  // the causal half
-  return {row_of("full attention of 16k, one layer", "cuDNN in bfloat16", full, peers.attention_16k_us, 1.6, 1.4,
-                 fmt::format("relative error {:.1e}", std::sqrt(error2 / output2))),
-          row_of("column sums of 16k, one layer", "QK^T at the GEMM rate", sums,
-                 peers.gemm_flops > 0 ? product / peers.gemm_flops * 1e6 : 0, 1.5, 1.35, "log-sum-exps known")};
+  BenchRow first = row_of("full attention of 16k, one layer", "cuDNN in bfloat16", full, peers.attention_16k_us, 1.6,
+                          1.4, fmt::format("relative error {:.1e}", std::sqrt(error2 / output2)));
+  BenchRow second =
+      row_of("column sums of 16k, one layer", "QK^T at the GEMM rate", sums,
+             peers.gemm_flops > 0 ? product / peers.gemm_flops * 1e6 : 0, 1.5, 1.35, "log-sum-exps known");
+  first.cold_us = median(cold_full), second.cold_us = median(cold_sums);
+  return {first, second};
 }
 
 std::vector<DecodeCase> decode_cases() {
@@ -263,36 +214,26 @@ std::vector<DecodeCase> decode_cases() {
 
 }  // namespace
 
-BenchResult bench_device(const std::string& only, const BenchPeers& peers,
-                         const std::function<void(const BenchRow&)>& finished) {
+BenchDevice bench_device(BenchRun& run, const BenchPeers& peers) {
   const std::vector<DeviceInfo> all = devices();
   if (all.empty()) throw CudaError("bench: no GPU: " + why_no_device());
   const Bandwidth rates = measure_bandwidth();
-  BenchResult result{all.front().name, rates.copy, rates.read, {}, ""};
-  const auto add = [&](const std::string& work, auto rows) {  // a row that is wrong does not take the others with it
-    if (work.find(only) == std::string::npos) return;
-    try {
-      for (const BenchRow& row : rows()) {
-        result.rows.push_back(row);
-        finished(row);
-      }
-    } catch (const std::exception& error) {
-      if (result.failure.empty()) result.failure = error.what();
-    }
-  };
-  for (const DecodeCase& c : decode_cases()) add(c.work, [&] { return std::vector{time_decode(c, rates)}; });
-  add("full attention and column sums of 16k, one layer", [&] { return time_attention(peers); });
-  add(slimmer_work, [&] { return std::vector{time_slimmer(peers)}; });
-  add(snapkv_work, [&] { return std::vector{time_snapkv(rates)}; });
-  const auto ours = std::ranges::find(result.rows, "h2o 1024 slots", &BenchRow::work);
-  if (peers.eager_h2o_us > 0 && ours != result.rows.end()) {
+  BenchDevice device{all.front().name, rates.copy, rates.read, device_clocks(), {}};
+  for (const DecodeCase& c : decode_cases()) run.add(c.work, [&] { return std::vector{time_decode(c, rates)}; });
+  run.add("full attention and column sums of 16k, one layer", [&] { return time_attention(peers); });
+  run.add(slimmer_work, [&] { return std::vector{time_slimmer(peers)}; });
+  run.add(snapkv_work, [&] { return std::vector{time_snapkv(rates)}; });
+  run.add(sweep_work, [&] { return std::vector{time_sweep()}; });
+  const auto ours = std::ranges::find(run.rows(), "h2o 1024 slots", &BenchRow::work);
+  if (peers.eager_h2o_us > 0 && ours != run.rows().end()) {
     const double us = ours->us;
-    add("eager PyTorch, h2o 1024 slots", [&] {
-      return std::vector<BenchRow>{{"eager PyTorch, h2o 1024 slots", "the same on this engine",
-                                    peers.eager_h2o_us * layers, us, 0, 0, 0, "the ratio says how much slower"}};
+    run.add("eager PyTorch, h2o 1024 slots", [&] {
+      return std::vector{row_of("eager PyTorch, h2o 1024 slots", "the same on this engine",
+                                {peers.eager_h2o_us * layers}, us, 0, 0, "the ratio says how much slower")};
     });
   }
-  return result;
+  device.after = device_clocks();
+  return device;
 }
 
 }  // namespace kv

@@ -3,21 +3,34 @@
 #include <map>
 #include <memory>
 
-#include "core/session.hpp"
+#include "core/replay.hpp"
 #include "kernels/block_attention.hpp"
 #include "kernels/buffer.hpp"
 #include "kernels/unit.hpp"
+#include "kernels/upload.hpp"
 
 namespace kv {
 
-/// What kernels know of a trace. `position` is the only array.
+/// Cosines and sines of one recipe's rotations, [tokens][pairs].
+struct DeviceRotations {
+  Buffer<float> own_cos, own_sin;    // to the tokens' own positions
+  Buffer<float> slot_cos, slot_sin;  // to positions 0, 1, 2, ...
+  Dtype step = Dtype::float32;       // what every product and sum is rounded to
+};
+
+/// What kernels know of a trace, and what its layers share.
 struct DeviceTrace {
   explicit DeviceTrace(const TraceHeader& header);
   TraceData data;
   AttentionShape shape() const;
+  const DeviceRotations& rotations(RopeRecipe recipe) const { return rotations_.at(recipe); }
+  const float* inv_freq() const { return inv_freq_.data(); }
+  std::size_t bytes() const;  // of device memory
 
  private:
   Buffer<int> position_;
+  Buffer<float> inv_freq_;
+  std::map<RopeRecipe, DeviceRotations> rotations_;
 };
 
 /// Queries of some tokens over all keys of a layer: the tasks of block_attention, and where their results go.
@@ -32,16 +45,23 @@ struct FullLook {
 /// One layer's tensors and, for each list of measured queries, full attention.
 class DeviceLayer {
  public:
-  /// `with_norms`: also what policies know of W_o. Throws CudaError.
-  DeviceLayer(const DeviceTrace& trace, Session& session, int layer, bool with_norms);
+  /// Reads the layer and waits until it is there. `norms`: what policies know of W_o, or null. Throws CudaError, TraceError.
+  DeviceLayer(const DeviceTrace& trace, const Session& session, int layer, const std::vector<float>* norms,
+              Upload& upload);
 
   /// The layer for kernels, with full attention of these tokens' queries: computed at the first call and kept.
   LayerData measured(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream);
 
+  /// Reads the model's own outputs of these lists of tokens' queries, for add_floor. The layer has `o`.
+  void read_outputs(const Session& session, int layer, const std::vector<std::vector<int>>& lists);
+
+  /// Full attention of floor.measured against what read_outputs read: the error fields of layer `layer`. Throws CudaError.
+  void add_floor(const DeviceTrace& trace, int layer, ReplayResult& floor, cudaStream_t stream);
+
   /// `sums`: with room for column sums.
   FullLook full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool sums) const;
 
-  const float* wo() const { return wo_.size() > 0 ? wo_.data() : nullptr; }  // [hidden][query_heads * value_dim]
+  const float* wo() const { return wo_; }  // [hidden][query_heads * value_dim]
 
   /// Bytes of device memory that a layer takes, full attention of `measured` queries included.
   static std::size_t bytes(const TraceHeader& header, int layer, Dtype elements, std::size_t measured);
@@ -49,14 +69,15 @@ class DeviceLayer {
  private:
   template <class T>
   const T* keep(const std::vector<T>& host);
-  const void* keep_elements(const std::vector<float>& host, Dtype elements);
+  char* keep(std::size_t bytes);
 
   struct FullAttention {
     Buffer<float> output, lse;
   };
   std::vector<Buffer<char>> kept_;
-  Buffer<float> wo_;
+  const float* wo_ = nullptr;
   std::map<std::vector<int>, FullAttention> full_;
+  std::map<std::vector<int>, std::vector<float>> outputs_;  // recorded: [kv_heads][rows][group][value_dim]
   LayerData data_;
   std::vector<int> row_of_token_;
 };

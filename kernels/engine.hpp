@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -36,6 +37,8 @@ struct DevicePoint {
 struct DeviceOutcome {
   ReplayResult result;
   std::exception_ptr error;
+  /// noise_floor() of its measured queries by the device's full attention; null for an error, or without recorded outputs.
+  std::shared_ptr<const ReplayResult> floor;
   double seconds = 0;  // its share of the time that the points which ran together took
 };
 
@@ -45,9 +48,10 @@ struct DeviceOptions {
 
 /// Replays points of one trace on all devices. `finished(i, outcome)` is called once for every point, in any order,
 /// from the calling thread, as soon as it is known; when it returns false the points that are not under way are left out.
-/// A failing point does not disturb the others; one that does not fit beside one layer fails with a CudaError. Throws
-/// CudaError when no device works at all.
-void replay_on_device(Session& session, std::span<const DevicePoint> points, const DeviceOptions& options,
-                      const std::function<bool(std::size_t, DeviceOutcome)>& finished);
+/// A failing point does not disturb the others; one that does not fit beside one layer fails with a CudaError. Returns the
+/// seconds in which a device had points under way (timed passes aside), mean over devices. Throws CudaError when no device
+/// works at all.
+double replay_on_device(Session& session, std::span<const DevicePoint> points, const DeviceOptions& options,
+                        const std::function<bool(std::size_t, DeviceOutcome)>& finished);
 
 }  // namespace kv

@@ -1,31 +1,30 @@
 // How long work takes on the device.
 #pragma once
-#include <cuda_runtime.h>
-
 #include <vector>
 
-#include "kernels/buffer.hpp"
+#include "kernels/streams.hpp"
 
 namespace kv {
 
-/// Microseconds of `repeats` passes by events, after two that do not count.
-template <class Work>
-std::vector<double> event_times(int repeats, Work work) {
-  cudaEvent_t begin = nullptr, end = nullptr;
-  KV_CUDA_TRY(cudaEventCreate(&begin));
-  KV_CUDA_TRY(cudaEventCreate(&end));
+/// Microseconds of `repeats` passes by events, after two that do not count; `before` each, untimed.
+template <class Work, class Before>
+std::vector<double> event_times(int repeats, Work work, Before before) {
+  Event begin, end;
   std::vector<double> us;
   for (int repeat = 0; repeat < repeats + 2; ++repeat) {
-    KV_CUDA_TRY(cudaEventRecord(begin));
+    before();
+    begin.record(nullptr);
     work();
-    KV_CUDA_TRY(cudaEventRecord(end));
-    KV_CUDA_TRY(cudaEventSynchronize(end));
-    float ms = 0;
-    KV_CUDA_TRY(cudaEventElapsedTime(&ms, begin, end));
-    if (repeat > 1) us.push_back(static_cast<double>(ms) * 1e3);
+    end.record(nullptr);
+    KV_CUDA_TRY(cudaEventSynchronize(end.id));
+    if (repeat > 1) us.push_back(end.since(begin) * 1e6);
   }
-  cudaEventDestroy(begin), cudaEventDestroy(end);
   return us;
+}
+
+template <class Work>
+std::vector<double> event_times(int repeats, Work work) {
+  return event_times(repeats, work, [] {});
 }
 
 }  // namespace kv

@@ -9,13 +9,11 @@ std::vector<DeviceInfo> devices() { return {}; }
 
 std::string why_no_device() { return "this kvreplay was built without CUDA (cmake -DKV_CUDA=ON needs nvcc)"; }
 
-void replay_on_device(Session&, std::span<const DevicePoint>, const DeviceOptions&,
-                      const std::function<bool(std::size_t, DeviceOutcome)>&) {
+double replay_on_device(Session&, std::span<const DevicePoint>, const DeviceOptions&,
+                        const std::function<bool(std::size_t, DeviceOutcome)>&) {
   throw CudaError(why_no_device());
 }
 
-BenchResult bench_device(const std::string&, const BenchPeers&, const std::function<void(const BenchRow&)>&) {
-  throw CudaError("bench: " + why_no_device());
-}
+BenchDevice bench_device(BenchRun&, const BenchPeers&) { throw CudaError("bench: no GPU: " + why_no_device()); }
 
 }  // namespace kv

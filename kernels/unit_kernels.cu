@@ -6,10 +6,30 @@
 namespace kv {
 namespace {
 
-__global__ void to_elements_kernel(const float* from, void* to, Dtype elements, long count) {
+__global__ void widen_words_kernel(const void* words, Dtype from, float* to, long count) {
   for (long i = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x; i < count;
        i += static_cast<long>(gridDim.x) * blockDim.x)
-    store_element(to, elements, i, from[i]);
+    to[i] = load_element(words, from, i);
+}
+
+/// A warp a row.
+__global__ void rotate_rows_kernel(RowRotation r) {
+  const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  const int second = r.half_style ? r.pairs : 1, stride = r.half_style ? 1 : 2;
+  const auto round = [&](float x) { return round_as(r.step, x); };
+  for (long row = blockIdx.x * static_cast<long>(warps) + threadIdx.x / 32; row < r.rows;
+       row += static_cast<long>(gridDim.x) * warps) {
+    const long token = r.token[row % r.count], base = row * r.dim;
+    const float *cos = r.cos + token * r.pairs, *sin = r.sin + token * r.pairs;
+    for (int i = lane; i < r.pairs; i += 32) {
+      const float x = load_element(r.from, r.elements, base + i * stride),
+                  y = load_element(r.from, r.elements, base + i * stride + second);
+      store_element(r.to, r.elements, base + i * stride, round(round(x * cos[i]) + round(-y * sin[i])));
+      store_element(r.to, r.elements, base + i * stride + second, round(round(y * cos[i]) + round(x * sin[i])));
+    }
+    for (int c = 2 * r.pairs + lane; c < r.dim; c += 32)
+      store_element(r.to, r.elements, base + c, load_element(r.from, r.elements, base + c));
+  }
 }
 
 /// The gradients of a probed block: its look, and whose gradients enter.
@@ -124,8 +144,13 @@ __global__ void gather_final_kernel(const Unit* units, const Progress* progress,
 
 }  // namespace
 
-void to_elements(const float* from, void* to, Dtype elements, std::size_t count, cudaStream_t stream) {
-  to_elements_kernel<<<512, 256, 0, stream>>>(from, to, elements, static_cast<long>(count));
+void widen_words(const void* words, Dtype from, float* to, std::size_t count, cudaStream_t stream) {
+  widen_words_kernel<<<512, 256, 0, stream>>>(words, from, to, static_cast<long>(count));
+  KV_CUDA_TRY(cudaGetLastError());
+}
+
+void rotate_rows(const RowRotation& rotation, cudaStream_t stream) {
+  rotate_rows_kernel<<<2048, 256, 0, stream>>>(rotation);
   KV_CUDA_TRY(cudaGetLastError());
 }
 

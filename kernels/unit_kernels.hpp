@@ -7,8 +7,21 @@
 
 namespace kv {
 
-/// Floats as a trace stores them.
-void to_elements(const float* from, void* to, Dtype elements, std::size_t count, cudaStream_t stream);
+/// Stored words of type `from` as floats. `words` may lie in pinned memory of the host.
+void widen_words(const void* words, Dtype from, float* to, std::size_t count, cudaStream_t stream);
+
+/// Rows of [heads][count][dim], each rotated to its token's own position: RopeTable::rotate, bit for bit.
+struct RowRotation {
+  const void* from = nullptr;
+  void* to = nullptr;
+  Dtype elements = Dtype::bfloat16, step = Dtype::float32;  // step: what every product and sum is rounded to
+  long rows = 0;                                            // heads * count
+  int count = 0, dim = 0, pairs = 0;
+  bool half_style = true;
+  const int* token = nullptr;                  // [count]
+  const float *cos = nullptr, *sin = nullptr;  // [tokens][pairs]
+};
+void rotate_rows(const RowRotation& rotation, cudaStream_t stream);
 
 /// A batch of units as kernels see it.
 struct UnitSpan {

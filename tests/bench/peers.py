@@ -1,5 +1,6 @@
-"""What other programs do on this GPU: a large matrix product, cuDNN's attention, and H2O as an eager PyTorch loop. Writes
-JSON for `kvreplay bench --peers FILE`; run both in one go, on one machine.
+"""What other programs do on this machine: H2O as an eager PyTorch loop, on two cores and on the GPU, a large matrix product
+there, and cuDNN's attention. Writes JSON for `kvreplay bench --peers FILE`; run both in one go. Without a GPU only what the
+cores do.
 
     python tests/bench/peers.py out/peers.json && build/kvreplay bench --peers out/peers.json
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 
 import torch
 
 
 def milliseconds(work, repeats: int = 7) -> float:
-    """The median of several passes by events, after two that do not count."""
+    """The median of several passes on the GPU by events, after two that do not count."""
     times = []
     for repeat in range(repeats + 2):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -24,6 +26,17 @@ def milliseconds(work, repeats: int = 7) -> float:
         end.synchronize()
         if repeat > 1:
             times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def cpu_milliseconds(work, repeats: int = 7) -> float:
+    """The same on the cores, by the clock."""
+    times = []
+    for repeat in range(repeats + 2):
+        begin = time.perf_counter()
+        work()
+        if repeat > 1:
+            times.append((time.perf_counter() - begin) * 1e3)
     return statistics.median(times)
 
 
@@ -45,16 +58,18 @@ def attention_us(tokens: int = 16384) -> float:
         return milliseconds(work) * 1e3
 
 
-def eager_h2o_us(slots: int = 1024, steps: int = 64, group: int = 4, heads: int = 8, dim: int = 128) -> float:
+def eager_h2o_us(
+    device: str, slots: int = 1024, steps: int = 64, group: int = 4, heads: int = 8, dim: int = 128
+) -> float:
     """A token of H2O in one layer as the usual loop writes it: append, attend, add up, drop the least, gather."""
-    k, v = (torch.randn(heads, slots, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    mass = torch.rand(heads, slots, device="cuda")
+    k, v = (torch.randn(heads, slots, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
+    mass = torch.rand(heads, slots, device=device)
 
     def work():
         nonlocal k, v, mass
         for _ in range(steps):
-            q = torch.randn(heads, group, dim, device="cuda", dtype=torch.bfloat16)
-            new_k, new_v = (torch.randn(heads, 1, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            q = torch.randn(heads, group, dim, device=device, dtype=torch.bfloat16)
+            new_k, new_v = (torch.randn(heads, 1, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
             k, v = torch.cat([k, new_k], 1), torch.cat([v, new_v], 1)
             p = torch.softmax((q @ k.transpose(1, 2)).float() * dim**-0.5, -1)
             p.to(v.dtype) @ v
@@ -65,11 +80,15 @@ def eager_h2o_us(slots: int = 1024, steps: int = 64, group: int = 4, heads: int 
             index = rows[..., None].expand(-1, -1, dim)
             k, v, mass = k.gather(1, index), v.gather(1, index), mass.gather(1, rows)
 
-    return milliseconds(work, 3) * 1e3 / steps
+    passes = cpu_milliseconds if device == "cpu" else milliseconds
+    return passes(work, 3) * 1e3 / steps
 
 
 def main(output: str) -> None:
-    peers = {"gemm_flops": gemm_flops(), "attention_16k_us": attention_us(), "eager_h2o_us": eager_h2o_us()}
+    torch.set_num_threads(2)  # as many as `kvreplay bench` gives the CPU engine
+    peers = {"eager_cpu_h2o_us": eager_h2o_us("cpu")}
+    if torch.cuda.is_available():
+        peers |= {"gemm_flops": gemm_flops(), "attention_16k_us": attention_us(), "eager_h2o_us": eager_h2o_us("cuda")}
     with open(output, "w", encoding="utf-8") as file:
         json.dump(peers, file)
     print(peers)

@@ -162,6 +162,31 @@ TEST_F(DeviceRuns, FastChangesTheOutputsOfPromptBlocksAlone) {
   }
 }
 
+TEST_F(DeviceRuns, NoiseFloorsAreTheCpuEngines) {
+  Shape deep = shape;
+  deep.layers = 5;
+  MadeTrace trace("floor", deep, 9, [](int layer, LayerTensors& t) {
+    t.o = t.q;  // values and queries are of one size
+    for (float& x : t.o) x += static_cast<float>(layer);
+  });
+  const TraceHeader& header = trace.session().header();
+  std::vector<Case> cases = catalogue(header);
+  cases.front().settings.measured = parse_measure("last:7", header.tokens, header.prompt_tokens);
+  for (const std::size_t memory : {std::size_t{0}, std::size_t{80} << 20}) {
+    const auto outcomes = replay_together(trace.session(), cases, {memory});
+    for (const std::size_t i : {std::size_t{0}, std::size_t{1}}) {
+      ASSERT_TRUE(outcomes[i].floor);
+      const ReplayResult cpu = noise_floor(trace.session(), cases[i].settings.measured), &device = *outcomes[i].floor;
+      ASSERT_EQ(device.error2.size(), cpu.error2.size());
+      for (std::size_t j = 0; j < cpu.error2.size(); ++j) {
+        EXPECT_NEAR(device.error2[j], cpu.error2[j], 1e-3 * cpu.error2[j]) << j;
+        EXPECT_NEAR(device.output2[j], cpu.output2[j], 1e-3 * cpu.output2[j]) << j;
+        EXPECT_NEAR(device.cosine[j], cpu.cosine[j], 1e-4) << j;
+      }
+    }
+  }
+}
+
 TEST_F(DeviceRuns, AnErrorStaysWithItsPoint) {
   MadeTrace trace("errors", shape, 4);
   std::vector<Case> cases = catalogue(trace.session().header());

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from program import QUICK, WIKI, Program, measured
+from program import QUICK, REPO, WIKI, Program, measured
 
 SMOKE = f"""trace: {WIKI}
 timing.repeats: 0
@@ -49,10 +49,37 @@ def test_auto_without_a_device_is_the_same_run_as_cpu(program: Program) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_bench_without_a_device_says_why(kvreplay_binary: Path) -> None:
-    done = subprocess.run([str(kvreplay_binary), "bench"], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 4 and done.stdout == "", done
-    assert re.fullmatch(r"kvreplay: bench: [^\n]+\n", done.stderr), done.stderr
+def test_bench_without_a_device_times_the_cpu_engine_and_says_why(kvreplay_binary: Path, tmp_path: Path) -> None:
+    peers, out = tmp_path / "peers.json", tmp_path / "bench.json"
+    peers.write_text('{"eager_cpu_h2o_us": 5000}')
+    command = [str(kvreplay_binary), "bench", "--peers", str(peers), "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    work = "h2o 1024 slots on the CPU, a token and layer"
+    assert done.returncode == 4, done
+    assert re.fullmatch(rf"{work}: [^\n]+\nkvreplay: bench: [^\n]*no GPU: [^\n]+\n", done.stderr), done.stderr
+    header, line = done.stdout.splitlines()
+    assert header.split()[0] == "work" and line.startswith(work)
+    result = json.loads(out.read_text())
+    (row,) = result["rows"]
+    assert result["device"] is None and row["work"] == work and row["cold_us"] is None
+    assert row["us"] > 0 and row["noise"] >= 0 and row["floor_us"] == 5000 and row["must"] == 0.2
+    assert math.isclose(row["ratio"], row["us"] / 5000)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_bench_without_a_device_leaves_out_what_is_not_asked_for(kvreplay_binary: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    command = [str(kvreplay_binary), "bench", "--only", "snapkv", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 4 and json.loads(out.read_text()) == {"device": None, "rows": []}, done
+
+
+def test_the_eager_loop_runs_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(REPO / "tests" / "bench")
+    import peers
+
+    assert 0 < peers.eager_h2o_us("cpu", slots=32, steps=2) < 1e6
 
 
 def close(mine: object, theirs: object) -> bool:

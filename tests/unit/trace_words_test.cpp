@@ -77,6 +77,12 @@ TEST(TraceWords, StoredBfloat16WordsAreReadExactly) {
   EXPECT_EQ(words, bytes_of({0x4049, 0x8001}));
   const Trace trace = Trace::open(dir / "a.h5");
   EXPECT_EQ(trace.read_layer(0).k[1], -0x1p-133f);
+  std::vector<std::byte> streamed;
+  trace.stream(0, "k", [&](auto, auto bytes) { streamed.insert(streamed.end(), bytes.begin(), bytes.end()); });
+  EXPECT_EQ(streamed.size(), 2 * s.tensors[0].k.size());
+  streamed.resize(4);
+  EXPECT_EQ(streamed, words);
+  trace.stream(0, "g", [](auto, auto) { ADD_FAILURE() << "was not recorded"; });
 }
 
 }  // namespace
