@@ -209,10 +209,11 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
       plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
   launch.together = plan_.traits.scope == Scope::layer && trace_.data.kv_heads > 1 && compresses;
   const bool bounded = compresses && plan_.traits.needs_budget();
-  launch.step_slots = std::min(plan_.capacity(), bounded ? std::max(slots_bound_, plan_.largest_budget) + plan_.traits.interval
-                                                         : slots_bound_ + static_cast<int>(count));
-  const std::size_t wanted = program_->record_bytes(plan_.traits, launch.settings, trace_.data.group,
-                                                    trace_.data.key_dim, launch.step_slots);
+  launch.step_slots =
+      std::min(plan_.capacity(), bounded ? std::max(slots_bound_, plan_.largest_budget) + plan_.traits.interval
+                                         : slots_bound_ + static_cast<int>(count));
+  const std::size_t wanted =
+      program_->record_bytes(plan_.traits, launch.settings, trace_.data.group, trace_.data.key_dim, launch.step_slots);
   launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
   if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));

@@ -27,8 +27,8 @@ struct Fixed {
   TeamMemory team;
   const Unit* units;
   Progress progress;
-  Fold plan;         // of the one victim of a step
-  void* home[8];     // where StepRecords took arrays from; null for those that stayed
+  Fold plan;      // of the one victim of a step
+  void* home[8];  // where StepRecords took arrays from; null for those that stayed
   float* home_vector;
   float* logits;    // [group][logit_stride] of the latest row
   long long clock;  // when the phase under way began
@@ -69,9 +69,7 @@ struct Play {
         budget(f.unit.info.budget) {}
 
   /// What a function that worked on a copy left behind.
-  __device__ void follow(const Play& copy) {
-    size = copy.size, ring = copy.ring, stale = copy.stale;
-  }
+  __device__ void follow(const Play& copy) { size = copy.size, ring = copy.ring, stale = copy.stale; }
 
   /// The first warp that does not stream keeps the books of a step: tokens, state, what became of them.
   static __device__ bool is_clerk_warp() { return threadIdx.x / 32 == stream_warps; }

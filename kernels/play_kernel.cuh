@@ -49,7 +49,8 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
 }
 
 template <class P>
-__global__ void __launch_bounds__(team_threads, 2) stage_kernel(const __grid_constant__ Launch launch, const P* points) {
+__global__ void __launch_bounds__(team_threads, 2)
+    stage_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char*) {
     Player<P> player(fixed, policy);
     player.phase = launch.phase, player.block = launch.block, player.block_first = launch.first;

@@ -53,7 +53,8 @@ class DeviceProgramOf final : public DeviceProgram {
 
   void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const override {
     const auto kernel = launch.stage == Stage::steps ? step_kernel<P> : stage_kernel<P>;
-    KV_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    KV_CUDA_TRY(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     const P* points = points_.data();
     if (!launch.together) {
       kernel<<<launch.unit_count, team_threads, shared_bytes, stream>>>(launch, points);

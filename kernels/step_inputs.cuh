@@ -38,14 +38,13 @@ struct StepInputs {
     const int pitch = query_pitch(stream_width(t.key_dim, t.value_dim));
     for (int g = warp; g < t.group; g += team_warps - stream_warps) {
       if (play.absolute() && row >= 0) {
-        const char* from =
-            play.at(play.layer.q_rotated, static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
+        const char* from = play.at(play.layer.q_rotated,
+                                   static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
         const std::uint16_t* to = play.row.queries[token & 1] + g * pitch;
         for (int c = 2 * lane; c < t.key_dim; c += 64)
           copy_4(shared_address(to + turned_channel(c)), from + c * 2, true);
       }
-      if (m >= 0)
-        copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
+      if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
     }
   }
 

@@ -307,7 +307,7 @@ class Steps : Stages<P> {
     };
     const auto look_at_slot = [&](int s) {
       const int slot_token = slots.token[s];
-      const float score = checked_score(p_.fixed, score_of(policy, slots, head, s), s, slot_token);
+      const float score = checked_score(p_.fixed, slots.score(policy, head, s), s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
@@ -337,16 +337,6 @@ class Steps : Stages<P> {
     }
     turn_ ^= 1;
     return p_.team.slot_of_least(mine, slot, turn_);
-  }
-
-  template <class Head>
-  __device__ static float score_of(const P& policy, const SlotLoop<P>& slots, Head& head, int s) {
-    if constexpr (detail::declares_score<P>)
-      return policy.score(slots.view(s, policy.traits().key_probe ? slots.probe[s] : 0.f));
-    else if constexpr (detail::declares_score_in<P>)
-      return policy.score_in(head, s);
-    else
-      return 0;
   }
 
   __device__ void know_places() {
@@ -394,12 +384,12 @@ class Steps : Stages<P> {
     p_.fixed.clock = now;
   }
 
-  const bool prepares_;                // every step does
-  float log_sum_[stream_heads] = {};   // of the latest row, for groups that fit
+  const bool prepares_;               // every step does
+  float log_sum_[stream_heads] = {};  // of the latest row, for groups that fit
   const float* bias_ = nullptr;
-  int row_of_ = -1;                    // token whose row the logits are of
+  int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
-  bool own_look_ = false;              // fixed.look is that of a step's own row
+  bool own_look_ = false;                    // fixed.look is that of a step's own row
   bool bias_moved_ = false;
   int buffer_ = 0, turn_ = 0, meetings_ = 0;
   bool placeless_ = false;  // order and rank were left behind

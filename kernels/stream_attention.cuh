@@ -9,74 +9,11 @@
 // rows (24 bits of it). Probabilities enter the second product as two 16-bit words.
 #pragma once
 #include "kernels/elements.cuh"
+#include "kernels/stream_look.cuh"
 #include "kernels/team.cuh"
 #include "kernels/tensor_words.cuh"
 
 namespace kv {
-
-/// What a token's queries look at, apart from what moves from token to token.
-struct RowLook {
-  const void *keys = nullptr, *values = nullptr;
-  const void* query = nullptr;  // head g's row: query + g * query_stride elements
-  long query_stride = 0;
-  int key_dim = 0, value_dim = 0, group = 1;
-  float scale = 1, softcap = 0;
-  const float* bias = nullptr;  // [slots] or null
-  const int* token = nullptr;   // [slots], read only when `masked`
-  int newest_key = 0x7fffffff, window = 0;
-  bool masked = false;
-  float* logits =
-      nullptr;  // [group][logit_stride], null = not wanted; without bias, -infinity where hidden; pairs aligned
-  int logit_stride = 0;
-  const float* probe_vector = nullptr;  // [key_dim] or null
-  float* probe = nullptr;               // [slots] key . probe_vector
-
-  __device__ bool hidden(int slot, int query_token) const {
-    const int t = token[slot];
-    return t > query_token || t > newest_key || (window > 0 && query_token - t >= window);
-  }
-};
-
-/// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
-struct RowNow {
-  int slots, query_token;
-  const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory at turned_channel(c), zeros beyond the group
-  const void *newest_key, *newest_value;  // rows of slot `slots`
-};
-
-/// Running maximum (in units of log 2) and sum of one warp's part of a softmax, for one head.
-struct SoftmaxPart {
-  float most, sum;
-};
-
-/// Shared memory of a stream.
-struct StreamMemory {
-  uint4* ring;          // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
-  SoftmaxPart* parts;   // [stream_warps][group]
-  float* partial;       // [stream_warps][group][value_dim padded to stream_pitch]
-  unsigned* probe;      // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
-};
-
-/// Where a warp's ring stands.
-struct Ring {
-  bool running = false;  // the first tiles of the next row are under way
-  int stage = 0;         // of this warp, that the next row begins with
-  int tiles = 0;         // of the row that started them
-};
-
-/// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
-/// is a left operand and what it loads of a key two right ones.
-__device__ constexpr int turned_channel(int c) { return (c & ~6) | (c & 2) << 1 | (c & 4) >> 1; }
-
-namespace detail {
-
-/// softcap(scale * dot), as the CPU engine rounds it.
-__device__ inline float logit_of(const RowLook& look, float dot) {
-  const float x = dot * look.scale;
-  return look.softcap > 0 ? look.softcap * tanhf(x / look.softcap) : x;
-}
-
-}  // namespace detail
 
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
 /// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each.
@@ -100,7 +37,8 @@ class Stream {
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
                     : nullptr),
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp() * stream_ring_bytes)),
-        query_(keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
+        query_(
+            keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
         key_at_(keep(static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
                      static_cast<unsigned>(row() & 1) * 64)),
         value_at_(keep((lane() / 16 * 8 + lane() % 8) * row_bytes + ((lane() / 8 & 1) ^ (lane() % 8)) * 16)),
@@ -245,7 +183,8 @@ class Stream {
       const unsigned at = (keys + key_at_) ^ static_cast<unsigned>(j & 1) * 64;
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const uint4 key = load_shared(at + static_cast<unsigned>(j / 2) * 128 + static_cast<unsigned>(t) * 8 * row_bytes);
+        const uint4 key =
+            load_shared(at + static_cast<unsigned>(j / 2) * 128 + static_cast<unsigned>(t) * 8 * row_bytes);
         Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
         Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
         if constexpr (probing) {
@@ -355,7 +294,8 @@ class Stream {
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
   const RowNow& now_;
   const StreamMemory& memory_;
-  const int tiles_, whole_tiles_, simple_tiles_;  // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
+  const int tiles_, whole_tiles_,
+      simple_tiles_;  // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
@@ -398,8 +338,8 @@ __device__ void split_probe(const RowLook& look, unsigned* words) {
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, bool probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
-                                            bool next) {
+__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory,
+                                            Ring& ring, bool next) {
   Stream<Element, width, probing> stream(look, now, memory);
   stream.run(ring, next);
 }

@@ -1,0 +1,73 @@
+// What a stream of slots looks at, what it leaves, and where its ring stands.
+#pragma once
+#include <cstdint>
+
+#include "kernels/row_memory.hpp"
+
+namespace kv {
+
+/// What a token's queries look at, apart from what moves from token to token.
+struct RowLook {
+  const void *keys = nullptr, *values = nullptr;
+  const void* query = nullptr;  // head g's row: query + g * query_stride elements
+  long query_stride = 0;
+  int key_dim = 0, value_dim = 0, group = 1;
+  float scale = 1, softcap = 0;
+  const float* bias = nullptr;  // [slots] or null
+  const int* token = nullptr;   // [slots], read only when `masked`
+  int newest_key = 0x7fffffff, window = 0;
+  bool masked = false;
+  // Logits without bias, -infinity where hidden; null = not wanted. [group][logit_stride], pairs aligned.
+  float* logits = nullptr;
+  int logit_stride = 0;
+  const float* probe_vector = nullptr;  // [key_dim] or null
+  float* probe = nullptr;               // [slots] key . probe_vector
+
+  __device__ bool hidden(int slot, int query_token) const {
+    const int t = token[slot];
+    return t > query_token || t > newest_key || (window > 0 && query_token - t >= window);
+  }
+};
+
+/// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
+struct RowNow {
+  int slots, query_token;
+  const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory at turned_channel(c), else zeros
+  const void *newest_key, *newest_value;  // rows of slot `slots`
+};
+
+/// Running maximum (in units of log 2) and sum of one warp's part of a softmax, for one head.
+struct SoftmaxPart {
+  float most, sum;
+};
+
+/// Shared memory of a stream.
+struct StreamMemory {
+  uint4* ring;         // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
+  SoftmaxPart* parts;  // [stream_warps][group]
+  float* partial;      // [stream_warps][group][value_dim padded to stream_pitch]
+  unsigned* probe;     // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
+};
+
+/// Where a warp's ring stands.
+struct Ring {
+  bool running = false;  // the first tiles of the next row are under way
+  int stage = 0;         // of this warp, that the next row begins with
+  int tiles = 0;         // of the row that started them
+};
+
+/// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
+/// is a left operand and what it loads of a key two right ones.
+__device__ constexpr int turned_channel(int c) { return (c & ~6) | (c & 2) << 1 | (c & 4) >> 1; }
+
+namespace detail {
+
+/// softcap(scale * dot), as the CPU engine rounds it.
+__device__ inline float logit_of(const RowLook& look, float dot) {
+  const float x = dot * look.scale;
+  return look.softcap > 0 ? look.softcap * tanhf(x / look.softcap) : x;
+}
+
+}  // namespace detail
+
+}  // namespace kv
