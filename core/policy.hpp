@@ -119,8 +119,8 @@ struct FoldTarget {
 
 /// Sums over query rows of weigh(probability), per slot and query head of the group.
 struct Observation {
-  const float* sums = nullptr;  // [slots][group], indexed by slot
-  int rows = 0, group = 1;
+  const float* sums = nullptr;  // [slots][group], indexed by slot; with a head_stride [group][head_stride]
+  int rows = 0, group = 1, head_stride = 0;
 };
 
 /// What the engine knows of a head at a moment and its policy asked for; null where it did not, or not now.

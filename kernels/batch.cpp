@@ -4,6 +4,7 @@
 
 #include "core/allocation.hpp"
 #include "kernels/batch.hpp"
+#include "kernels/row_memory.hpp"
 
 namespace kv {
 
@@ -199,6 +200,15 @@ void Batch::allocate() {
   allocated_ = true;
 }
 
+int Batch::kept_tiles(int slots, std::size_t spilled) const {
+  const TraceData& t = trace_.data;
+  const auto of_slot = static_cast<std::size_t>((t.key_dim + t.value_dim) * bytes_of(t.elements));
+  const auto resident = static_cast<std::size_t>(std::min(static_cast<int>(units_.size()), 2 * multiprocessors_));
+  if (resident * of_slot * static_cast<std::size_t>(slots) <= l2_bytes_ / 5 * 4) return -1;
+  const std::size_t half = l2_bytes_ / 2, taken = std::min(half, resident * spilled);
+  return static_cast<int>((half - taken) / (resident * of_slot * stream_tile));
+}
+
 void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   if (count == 0) return;
   const BlockRange& begin = plan_.blocks[first];
@@ -215,6 +225,7 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const std::size_t wanted =
       program_->record_bytes(plan_.traits, launch.settings, trace_.data.group, trace_.data.key_dim, launch.step_slots);
   launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
+  launch.settings.kept_tiles = kept_tiles(launch.step_slots, wanted - static_cast<std::size_t>(launch.record_bytes));
   if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));
   program_->launch(launch, trace_.data.kv_heads, row_bytes_ + static_cast<std::size_t>(launch.record_bytes), stream_);

@@ -92,6 +92,9 @@ class Batch {
   void compress(const BlockRange& block, bool probes);
   void allocate();
   void steps(std::size_t first, std::size_t count, bool last_compresses);
+  /// RowLook::kept_tiles of steps over so many slots: half of the second-level cache, less what a unit's records take there,
+  /// of caches that it cannot hold.
+  int kept_tiles(int slots, std::size_t spilled) const;
   void single_tokens(std::size_t first, std::size_t count);
   bool may_be_due(const BlockRange& block) const;
   bool any_more();
@@ -107,6 +110,8 @@ class Batch {
   Timing timing_;
   std::unique_ptr<DeviceProgram> program_;
   std::size_t row_bytes_ = 0, record_room_ = 0;  // shared memory of a row, and what is left for StepRecords
+  std::size_t l2_bytes_ = 0;
+  int multiprocessors_ = 0;
 
   std::vector<Unit> units_;
   Buffer<char> memory_;  // every unit's arrays

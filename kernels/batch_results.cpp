@@ -72,6 +72,7 @@ void Batch::finish() {
 
 void Batch::collect(std::vector<ReplayResult>& results, std::vector<std::exception_ptr>& errors, cudaStream_t stream) {
   KV_CUDA_TRY(cudaStreamSynchronize(stream));
+  KV_CUDA_TRY(cudaCtxResetPersistingL2Cache());  // lines that were asked to stay would outlive their kernel
   const std::vector<Progress> progress = progress_.to_host();
   const std::vector<double> measures = measures_.to_host();
   const std::vector<int> slots = slots_.to_host();

@@ -174,6 +174,10 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
   KV_CUDA_TRY(cudaGetDevice(&device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device));
+  int l2 = 0;
+  KV_CUDA_TRY(cudaDeviceGetAttribute(&l2, cudaDevAttrL2CacheSize, device));
+  l2_bytes_ = static_cast<std::size_t>(l2);
   if (row_bytes_ + team_memory_bytes > static_cast<std::size_t>(per_block))
     throw CudaError(
         fmt::format("{} query heads of {} channels a KV head need {} bytes of shared memory, this GPU has {}: "

@@ -46,11 +46,15 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
 /// over the heads in order. Four neighbouring slots a thread.
 template <class F>
 __device__ void each_sum_over_heads(const Fixed& fixed, int buffer, int size, F f) {
+  // Units have one layout, one behind the other.
+  const Unit* mates = fixed.units + fixed.unit.first_head;
+  const float* first = mates[0].score_at[buffer];
+  const long apart = fixed.unit.layer_heads > 1 ? mates[1].score_at[buffer] - first : 0;
   for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += 4 * team_threads) {
     float sum[4] = {};
+#pragma unroll 8
     for (int h = 0; h < fixed.unit.layer_heads; ++h) {
-      const float4 theirs =
-          __ldcg(reinterpret_cast<const float4*>(fixed.units[fixed.unit.first_head + h].score_at[buffer] + s));
+      const float4 theirs = __ldcg(reinterpret_cast<const float4*>(first + h * apart + s));
       const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] = h == 0 ? each[i] : sum[i] + each[i];

@@ -28,6 +28,17 @@ __device__ inline void store_element(void* data, Dtype dtype, long i, float x) {
         dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
 }
 
+/// Whether rows of `dim` elements can be read and written 8 elements at a time.
+__device__ inline bool in_eights(Dtype dtype, int dim) { return dtype != Dtype::float32 && dim % 8 == 0; }
+
+/// Elements i .. i + 7 of a 16-bit array, i a multiple of 8.
+__device__ inline void load_eight(const void* data, Dtype dtype, long i, float (&x)[8]) {
+  const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
+  const unsigned word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) x[k] = widen(dtype, static_cast<std::uint16_t>(word[k / 2] >> k % 2 * 16));
+}
+
 /// core/rounding.hpp's round_to.
 __device__ inline float round_as(Dtype dtype, float x) {
   return dtype == Dtype::bfloat16  ? __bfloat162float(__float2bfloat16_rn(x))
@@ -47,6 +58,8 @@ struct DeviceRow {
     return static_cast<const float*>(data)[c];  // never: the hooks of this row type run on the device
 #endif
   }
+  __device__ bool in_eights() const { return kv::in_eights(elements, dim); }
+  __device__ void load_eight(int c, float (&x)[8]) const { kv::load_eight(data, elements, c, x); }
   __host__ __device__ static DeviceRow at(const void* rows, Dtype elements, long index, int dim) {
     return {static_cast<const char*>(rows) + index * dim * bytes_of(elements), dim, elements};
   }

@@ -1,6 +1,8 @@
 // Applying merges by a thread block: core/fold.cpp and the merging half of core/head_compress.cpp. Every plan is made from
 // the rows as they were; every sum is added in token order of the victims, by one owner.
 #pragma once
+#include <type_traits>
+
 #include "kernels/play.cuh"
 #include "policies/policy.hpp"
 
@@ -70,26 +72,44 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
   const TraceData& trace = player.trace;
   const int lane = static_cast<int>(threadIdx.x % 32);
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
-  const auto sums = [&](void* rows, int dim, auto weight_of) {  // row = (own * row + sum of weight * victim) / divisor
-    for (int c = lane; c < dim; c += 32) {
-      float added = 0, own = 1, divisor = 1;
+  // row = (own * row + sum of weight * victim) / divisor, `step` channels of a lane at a time
+  const auto sums_by = [&]<int step>(std::integral_constant<int, step>, void* rows, int dim, auto weight_of) {
+    const auto load = [&](int slot, int c, float(&x)[step]) {
+      const long at = static_cast<long>(slot) * dim + c;
+      if constexpr (step == 8)
+        load_eight(rows, trace.elements, at, x);
+      else
+        x[0] = load_element(rows, trace.elements, at);
+    };
+    for (int c = step * lane; c < dim; c += step * 32) {
+      float row[step], added[step] = {}, x[step];
+      load(target, c, row);
       for (int i = 0; i < n; ++i) {
         int victim;
         const Fold& plan = plan_of(i, victim);
-        const float weight = weight_of(plan, victim, c);
-        if (weight != 0 || by_channel)
-          added += weight * load_element(rows, trace.elements, static_cast<long>(victim) * dim + c);
+        load(victim, c, x);
+#pragma unroll
+        for (int k = 0; k < step; ++k) {
+          const float weight = weight_of(plan, victim, c + k);
+          if (weight != 0 || by_channel) added[k] += weight * x[k];
+        }
       }
-      const long at = static_cast<long>(target) * dim + c;
-      own = weight_of(sum, target, c);
-      divisor = weight_of(sum, -1, c);
-      if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0)) {
-        player.fail(UnitError::bad_divisor, target);
-        continue;
+#pragma unroll
+      for (int k = 0; k < step; ++k) {
+        const float own = weight_of(sum, target, c + k), divisor = weight_of(sum, -1, c + k);
+        if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
+          player.fail(UnitError::bad_divisor, target);
+        else
+          store_element(rows, trace.elements, static_cast<long>(target) * dim + c + k,
+                        round_as(trace.dtype, (own * row[k] + added[k]) / divisor));
       }
-      store_element(rows, trace.elements, at,
-                    round_as(trace.dtype, (own * load_element(rows, trace.elements, at) + added) / divisor));
     }
+  };
+  const auto sums = [&](void* rows, int dim, auto weight_of) {
+    if (!by_channel && in_eights(trace.elements, dim))
+      sums_by(std::integral_constant<int, 8>{}, rows, dim, weight_of);
+    else
+      sums_by(std::integral_constant<int, 1>{}, rows, dim, weight_of);
   };
   bool key_moves = by_channel, value_moves = false, leaves = outside(sum.own_key / sum.key_divisor);
   for (int i = 0; i < n; ++i) {
@@ -181,9 +201,11 @@ __device__ void book_fold(Player& player, const Fold& plan, int victim) {
 }
 
 /// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. Needs
-/// and gives a barrier. One target is the clerk's affair; many are dealt over all warps.
+/// and gives a barrier. One target is the clerk's affair; many are dealt over all warps. Returns the target, -1 when there is
+/// none, `many_targets` when there are several.
+constexpr int many_targets = -2;
 template <class Player, class Head>
-__device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
+__device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) {
   constexpr bool by_channel = detail::declares_key_weight<typename Player::PolicyType>;
   const Unit& unit = player.unit;
   Fold& plan = player.fixed.plan;
@@ -214,8 +236,8 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
   }
   __syncthreads();
   const int target = plan.target, spread = plan.spread;
-  if (target < 0) return;
-  if (spread == 1) return player.row_changed(target);
+  if (target < 0) return -1;
+  if (spread == 1) return target;
   const auto each_target = [&](auto f) {  // f(i, slot) of every slot that receives, by the warp that owns it
     int left = spread, i = 0;
     for (int place = unit.rank[target]; left > 0 && place < player.size; ++place) {
@@ -233,10 +255,10 @@ __device__ __noinline__ void fold_one(Player& player, Head& head, int victim) {
   });
   __syncthreads();
   each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only); });
-  player.ring.running = false;
   __syncthreads();
   if (player.is_clerk()) book_fold(player, plan, victim);
   __syncthreads();
+  return many_targets;
 }
 
 /// The part of fold_many that fills the lists of targets [from, to) (by number among those that stay), writes their rows and

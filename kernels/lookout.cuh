@@ -21,12 +21,13 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
     look.token = unit.every_token;
     look.window = play.layer.window, look.masked = play.layer.window > 0;
     look.logits = unit.full_logits, look.logit_stride = logit_stride(trace.tokens);
-    const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
-    look.query = play.at(play.layer.q_rotated, first, trace.key_dim);
-    look.query_stride = static_cast<long>(play.layer.query_rows) * trace.key_dim;
   }
   __syncthreads();
-  Play::attend(play, token, token);
+  const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
+  Play::attend(play,
+               {play.at(play.layer.q_rotated, first, trace.key_dim),
+                static_cast<long>(play.layer.query_rows) * trace.key_dim},
+               token, token);
 }
 
 /// Probability that full attention gives `t` in the row that attend_in_full left.
@@ -68,7 +69,7 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
     const int heads = min(16, play.trace.group - g0);
     if (g0 > 0) {  // the full row took the place of the own one's log-sum-exps
       play.look_at(token, bias);
-      Play::attend(play, token, play.size - 1);
+      Play::attend(play, play.queries_of(token), token, play.size - 1);
     }
     for (int g = 0; g < heads; ++g) own_lse[g] = play.row.log_sum[g0 + g];
     __syncthreads();

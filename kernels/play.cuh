@@ -208,10 +208,8 @@ struct Play {
       look.newest_key = newest_key, look.window = layer.window;
       look.masked = layer.window > 0 || newest_key < now || token < now;
       look.logits = fixed.logits, look.logit_stride = fixed.logit_stride;
+      look.kept_tiles = settings.kept_tiles;
       look.probe_vector = probe ? unit.vector : nullptr, look.probe = probe;
-      const long first = static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token];
-      look.query = absolute() ? at(layer.q_rotated, first, trace.key_dim) : static_cast<const char*>(unit.queries);
-      look.query_stride = absolute() ? static_cast<long>(layer.query_rows) * trace.key_dim : trace.key_dim;
     }
     __syncthreads();
   }
@@ -220,25 +218,28 @@ struct Play {
     return {team, trace.elements, layer.sink_logit ? layer.sink_logit + query_head(0) : nullptr};
   }
 
-  /// The present step's row, or another one of the same look, over `slots` slots and a newest one.
-  __device__ RowNow row_now(int token, int slots) const {
-    return {slots, token, row.queries[now & 1], at(fixed.look.keys, slots, trace.key_dim),
-            at(fixed.look.values, slots, trace.value_dim)};
+  /// Where a token's queries lie when fixed.look is of the cache, head by head.
+  __device__ Queries queries_of(int token) const {
+    if (!absolute()) return {unit.queries, trace.key_dim};
+    return {at(layer.q_rotated, static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token],
+               trace.key_dim),
+            static_cast<long>(layer.query_rows) * trace.key_dim};
   }
 
   /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits. What a
   /// step has under way is lost. Gives a barrier.
-  static __device__ __noinline__ void attend(Play& play, int token, int slots) {
+  static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
-    const RowNow mine = play.row_now(token, slots);
+    const RowNow mine{slots, token, play.row.queries[play.now & 1], play.at(look.keys, slots, look.key_dim),
+                      play.at(look.values, slots, look.value_dim)};
     play.ring.running = false;
-    if (!play.fixed.streamed) return play.attention().plain(look, mine, play.row);
-    stage_queries(look, play.row.queries[play.now & 1]);
+    if (!play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
+    stage_queries(look, queries, play.row.queries[play.now & 1]);
     play.attention().streamed(look, mine, play.row);
   }
   __device__ void attend_apart(int token) {
     Play copy = *this;
-    attend(copy, token, size - 1);
+    attend(copy, queries_of(token), token, size - 1);
     follow(copy);
   }
 
@@ -256,13 +257,11 @@ struct Play {
   }
 
   /// The victim goes and the last slot takes its place, whose rows are `key` and `value`: in memory, or a copy of them. State
-  /// is the caller's. Needs a barrier before; the warp that streams the slot has its row, others need a barrier.
-  __device__ void remove_one(int victim, bool with_places, const void* key, const void* value) {
+  /// is the caller's, `gap` as let_go()'s. The warp that streams the slot has its row, others need a barrier.
+  __device__ void remove_one(int victim, int gap, const void* key, const void* value) {
     const int last = size - 1;
-    if (with_places) {
+    if (gap >= 0) {
       int *rank = unit.rank, *order = unit.order;
-      const int gap = rank[victim];
-      __syncthreads();
       for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
         if (s == victim) continue;
         const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;

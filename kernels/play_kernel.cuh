@@ -52,11 +52,9 @@ template <class P>
 __global__ void __launch_bounds__(team_threads, 2)
     stage_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char*) {
-    Player<P> player(fixed, policy);
-    player.phase = launch.phase, player.block = launch.block, player.block_first = launch.first;
-    player.now = (launch.probing ? launch.first : launch.last) - 1;
-    Stages<P>(launch, player).run();
-    return player.size;
+    Stages<P> stages(launch, fixed, policy);
+    stages.run();
+    return stages.size();
   });
 }
 
@@ -64,11 +62,11 @@ template <class P>
 __global__ void __launch_bounds__(team_threads, 2) step_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char* memory) {
     const StepRecords<P> records(fixed, policy.traits(), memory, launch.record_bytes, launch.step_slots);
-    Player<P> player(fixed, policy);
-    Steps<P>(launch, player).run();
+    Steps<P> steps(launch, fixed, policy);
+    steps.run();
     __syncthreads();
-    records.give_back(player.size);
-    return player.size;
+    records.give_back(steps.size());
+    return steps.size();
   });
 }
 

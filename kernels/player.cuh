@@ -135,27 +135,20 @@ struct Player : Play {
     const float logit = fixed.logits[static_cast<long>(g) * fixed.logit_stride + s];
     if (logit == -INFINITY) return 0;
     const float x = detail::declares_log_bias<P> ? logit + unit.bias[s] : logit;
-    const float p = exp2f((x - row.log_sum[g]) * log2_e);
+    const float* log_sum = trace.group <= stream_heads ? row.own_log_sum() : row.log_sum;
+    const float p = exp2f((x - log_sum[g]) * log2_e);
     if constexpr (detail::declares_weigh_window<P>)
       if (window) return P::weigh_window(p, logit, rows_after);
     if constexpr (detail::declares_weigh<P>) return P::weigh(p, logit, rows_after);
     return p;
   }
 
-  /// The latest row's log-sum-exps, of groups that fit.
-  __device__ void log_sums(float (&sums)[stream_heads]) const {
-#pragma unroll
-    for (int g = 0; g < stream_heads; ++g) sums[g] = g < trace.group ? row.log_sum[g] : 0.f;
-  }
-
   /// on_attention of the row just attended, for every slot: a thread's own ones only, so without a barrier.
   __device__ void observe_row() const {
     if constexpr (detail::declares_on_attention<P>) {
       if (trace.group <= stream_heads) {
-        float sums[stream_heads];
-        log_sums(sums);
-        const SlotLoop<P> slots(fixed, now, sums);
-        team.for_each(size, [&](int s) { slots.observe(policy, s); });
+        const SlotLoop<P> slots(fixed, now);
+        slots.template each<true>(size, [&](int s, const auto& mine) { slots.observe(policy, s, mine); });
       } else
         team.for_each(size, [&](int s) {
           float* sums = unit.sums + static_cast<long>(s) * trace.group;
@@ -176,6 +169,13 @@ struct Player : Play {
     });
   }
 
+  /// The same in the place of the logits, for a thread's own slots.
+  __device__ void weigh_row_in_place(bool window) const {
+    team.for_each(size, [&](int s) {
+      for (int g = 0; g < trace.group; ++g) fixed.logits[g * fixed.logit_stride + s] = weighed(s, g, window, 0);
+    });
+  }
+
   /// Whether a compression is due after (or, for probing policies, before) the present block.
   __device__ bool over_budget() const { return traits().needs_budget() && size > budget; }
   __device__ bool due(int first) const {
@@ -189,7 +189,7 @@ struct Player : Play {
   static __device__ __noinline__ void probe_keys(const Fixed& f, int size) {
     for (int s = static_cast<int>(threadIdx.x / 32); s < size; s += team_warps) {
       const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, f.trace.elements, s, f.trace.key_dim),
-                                       detail::FloatRow{f.unit.vector});
+                                       detail::FloatRow{f.unit.vector, f.trace.key_dim});
       if (threadIdx.x % 32 == 0) f.unit.probe[s] = dot;
     }
     __syncthreads();
@@ -244,33 +244,44 @@ struct Player : Play {
   }
 
   __device__ void drop_one(int victim) {
-    const int last = size - 1;
-    let_go(victim, true, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim));
+    const int last = size - 1, gap = unit.rank[victim];
+    __syncthreads();
+    let_go(victim, gap, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim));
     __syncthreads();
   }
 
-  /// `key` and `value`: the last slot's rows, which take the victim's place. Without `with_places` order and rank are left
-  /// behind, for find_order() to make again. Needs a barrier before, one must follow: but the clerk knows all that he books,
-  /// and the warp that streams the slot has its row.
-  __device__ void let_go(int victim, bool with_places, const void* key, const void* value) {
+  /// `key` and `value`: the last slot's rows, which take the victim's place. `gap`: the victim's rank, read before the last
+  /// barrier; -1 leaves order and rank behind, for find_order() to make again. One must follow: but the clerk knows all that
+  /// he books, and the warp that streams the slot has its row.
+  __device__ void let_go(int victim, int gap, const void* key, const void* value) {
     if constexpr (detail::declares_on_evict<P>) {
       if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim, false);
       __syncthreads();
     }
     const int last = size - 1;
-    remove_one(victim, with_places, key, value);
+    remove_one(victim, gap, key, value);
     if (!is_clerk()) return;
     if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;
   }
 
-  /// Folds the one victim of a compression that had no need to sort. Needs and gives a barrier.
-  static __device__ __noinline__ void fold_victim(Player& p, int victim) {
+  /// Folds one victim, as fold_one() does. Not inlined, and of few words.
+  static __device__ __noinline__ int fold_victim(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
+                                                 int victim, int rows) {
     if constexpr (detail::declares_on_merge<P>) {
-      if (is_clerk()) p.unit.stays[victim] = 0, p.unit.target[victim] = -1;
-      Head h = p.head();
-      fold_one(p, h, victim);
+      Player player(fixed, policy);
+      player.size = size, player.now = now, player.phase = phase, player.block = block;
+      Head h = player.head(rows);
+      return fold_one(player, h, victim);
     }
+    return -1;
+  }
+  /// The same, and what is under way knows of it. Returns the target, as fold_one().
+  __device__ int fold_apart(int victim, int rows = 1) {
+    const int target = fold_victim(fixed, policy, size, now, phase, block, victim, rows);
+    if (target >= 0) row_changed(target);
+    if (target == many_targets) ring.running = false;
+    return target;
   }
 
  private:
@@ -312,7 +323,7 @@ struct Player : Play {
     if constexpr (detail::declares_on_merge<P>) {
       if (traits.one_at_a_time && gone > 1) return p.one_by_one(c, going, gone);
       if (gone == 1)
-        fold_one(p, h, going[0]);
+        p.fold_apart(going[0], window_rows);
       else
         fold_many(p, h, going, gone);
     }
@@ -345,8 +356,7 @@ struct Player : Play {
       const int victim = slot_of_query(tokens[i], size);
       __syncthreads();
       if constexpr (detail::declares_on_merge<P>) {
-        Head h = head();
-        fold_one(*this, h, victim);
+        fold_apart(victim);
       }
       drop_one(victim);
     }

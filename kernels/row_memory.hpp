@@ -9,7 +9,7 @@ constexpr int stream_warps = 4;  // the first warps of a team: they stream the c
 constexpr int stream_depth = 1;  // tiles of 128 channels that a warp has under way; of 64, twice as many
 constexpr int stream_tile = 16;  // slots that a warp takes at a time
 constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
-constexpr int stream_ring_bytes = stream_depth * stream_tile * 512;  // of a warp: tiles of keys and of values
+constexpr int stream_ring_bytes = stream_depth * (stream_tile * 512 + 128);  // of a warp: tiles of keys and of values
 constexpr int input_buffers = 3;  // a step's inputs: of the one before, the present one, and the next
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -34,7 +34,7 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + 2 * group * 4;
+  int bytes = group * value_dim * 4 + 2 * group * 4 + team_warps * stream_heads * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     bytes += stream_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) +

@@ -49,10 +49,9 @@ struct SlotLoop {
   const int *const token, *const multiplicity;
   Slot* const state;
   const float *const logits, *const bias, *const probe;
-  float log_sum[stream_heads];  // of the heads of the latest row, where they fit
+  const float* const log_sum;  // of the heads of the latest row, where they fit
 
-  /// `sums`: the row's log-sum-exps.
-  __device__ SlotLoop(const Fixed& f, int now_, const float (&sums)[stream_heads])
+  __device__ SlotLoop(const Fixed& f, int now_)
       : info(f.unit.info),
         protect(f.unit.protect),
         now(now_),
@@ -62,38 +61,71 @@ struct SlotLoop {
         state(reinterpret_cast<Slot*>(f.unit.state)),
         logits(f.logits),
         bias(f.unit.bias),
-        probe(f.unit.probe) {
-#pragma unroll
-    for (int g = 0; g < stream_heads; ++g) log_sum[g] = sums[g];
+        probe(f.unit.probe),
+        log_sum(f.row.own_log_sum()) {}
+
+  __device__ SlotView<Slot> view(int s, int slot_token, float key_probe = 0) const {
+    return {state[s], info, slot_token, now, multiplicity[s], key_probe};
   }
 
-  __device__ SlotView<Slot> view(int s, float key_probe = 0) const {
-    return {state[s], info, token[s], now, multiplicity[s], key_probe};
+  /// What a loop reads of a slot ahead of its turn, since it may lie in device memory: its token and, if it is observed, the
+  /// first heads' logits.
+  struct Read {
+    int token;
+    float logit[4];
+  };
+  template <bool observed>
+  __device__ __forceinline__ Read read(int s) const {
+    Read ahead{token[s], {}};
+    if constexpr (observed)
+#pragma unroll
+      for (int g = 0; g < 4; ++g) ahead.logit[g] = g < info.group ? logits[g * logit_stride + s] : -INFINITY;
+    return ahead;
+  }
+
+  /// f(slot, what was read of it) for a thread's own slots.
+  template <bool observed, class F>
+  __device__ __forceinline__ void each(int size, F f) const {
+    const int first = static_cast<int>(threadIdx.x);
+    if (first >= size) return;
+    Read next = read<observed>(first);
+#pragma unroll 1
+    for (int s = first; s < size; s += team_threads) {
+      const Read mine = next;
+      if (s + team_threads < size) next = read<observed>(s + team_threads);
+      f(s, mine);
+    }
   }
 
   /// on_attention of the row just attended, for one slot of a group that fits: its owner's own data only.
-  __device__ void observe(const P& policy, int s) const {
+  __device__ __forceinline__ void observe(const P& policy, int s, const Read& mine) const {
     if constexpr (detail::declares_on_attention<P>) {
-      float sums[stream_heads];
+      float sums[stream_heads] = {};
       const float b = detail::declares_log_bias<P> ? bias[s] : 0.f;
 #pragma unroll
-      for (int g = 0; g < stream_heads; ++g) {
-        const float logit = g < info.group ? logits[static_cast<long>(g) * logit_stride + s] : -INFINITY;
-        const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
-        if constexpr (detail::declares_weigh<P>)
-          sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
-        else
-          sums[g] = p;
+      for (int g0 = 0; g0 < stream_heads; g0 += 4) {
+        if (g0 >= info.group) break;
+#pragma unroll
+        for (int g = g0; g < g0 + 4; ++g) {
+          const float logit = g0 == 0          ? mine.logit[g % 4]
+                              : g < info.group ? logits[g * logit_stride + s]
+                                               : -INFINITY;
+          const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
+          if constexpr (detail::declares_weigh<P>)
+            sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
+          else
+            sums[g] = p;
+        }
       }
-      policy.on_attention(view(s), RowObserved(sums, info.group));
+      policy.on_attention(view(s, mine.token), RowObserved(sums, info.group));
     }
   }
 
   /// The score of one slot, by a slot hook or one that sees the head.
   template <class Head>
-  __device__ float score(const P& policy, Head& head, int s) const {
+  __device__ float score(const P& policy, Head& head, int s, int slot_token) const {
     if constexpr (detail::declares_score<P>)
-      return policy.score(view(s, policy.traits().key_probe ? probe[s] : 0.f));
+      return policy.score(view(s, slot_token, policy.traits().key_probe ? probe[s] : 0.f));
     else if constexpr (detail::declares_score_in<P>)
       return policy.score_in(head, s);
     else

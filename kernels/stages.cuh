@@ -11,7 +11,13 @@ namespace kv {
 template <class P>
 class Stages {
  public:
-  __device__ Stages(const Launch& launch, Player<P>& player) : args_(launch), p_(player) {}
+  __device__ Stages(const Launch& launch, Fixed& fixed, const P& policy) : args_(launch), p_(fixed, policy) {
+    p_.phase = launch.phase, p_.block = launch.block, p_.block_first = launch.first;
+    p_.now = (launch.probing ? launch.first : launch.last) - 1;
+  }
+
+  /// Slots in the cache.
+  __device__ int size() const { return p_.size; }
 
   __device__ void run() {
     switch (args_.stage) {
@@ -199,7 +205,7 @@ class Stages {
   }
 
   const Launch& args_;
-  Player<P>& p_;
+  Player<P> p_;
 };
 
 }  // namespace kv

@@ -15,8 +15,10 @@ namespace kv {
 template <class P>
 class Steps : Stages<P> {
  public:
-  __device__ Steps(const Launch& launch, Player<P>& player)
-      : Stages<P>(launch, player),
+  using Stages<P>::size;
+
+  __device__ Steps(const Launch& launch, Fixed& fixed, const P& policy)
+      : Stages<P>(launch, fixed, policy),
         prepares_(!p_.fixed.streamed || !p_.absolute() || p_.traits().key_probe || detail::declares_log_bias<P> ||
                   p_.layer.window > 0 || p_.traits().future_queries.horizon > 0 || p_.traits().future_mass) {}
 
@@ -24,8 +26,7 @@ class Steps : Stages<P> {
   __device__ void run() {
     begin();
     for (int token = args_.first; token < args_.last; ++token) {
-      p_.now = token, p_.block_first = token, p_.block = args_.block + token - args_.first;
-      p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
+      begin_step(token, args_.block + token - args_.first);
       ++p_.size;
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
@@ -60,6 +61,11 @@ class Steps : Stages<P> {
     __syncthreads();
   }
 
+  __device__ void begin_step(int token, int block) {
+    p_.now = token, p_.block_first = token, p_.block = block;
+    p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
+  }
+
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.measured[token & 1];  // attended, if timed, and no more
     const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
@@ -68,7 +74,13 @@ class Steps : Stages<P> {
     row_of_ = -1, p_.probe_known = false;
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
-    if (prepares) prepare(token, attends, due);
+    if (prepares) {
+      const bool looks = !own_look_ || !p_.absolute() || p_.traits().future_mass || probes(due) != look_probes_;
+      prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks);
+      own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
+      look_probes_ = attends ? probes(due) : look_probes_;
+      bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
+    }
     stop_clock(TimedPhase::append);
     if (attends)
       pass(token, !prepares);
@@ -76,7 +88,11 @@ class Steps : Stages<P> {
       serve(token);
     stop_clock(TimedPhase::attend);
     measured_ = args_.timed ? -1 : m, measured_token_ = token;
-    if (m >= 0 && p_.settings.mass) measure_mass_too(token, m, observes);
+    if (m >= 0 && p_.settings.mass) {
+      Steps copy = *this;
+      measure_mass_too(copy, token, m, observes);
+      follow(copy);
+    }
     if (due && compresses) return compress_step(token, observes);
     if (observes) observe();
     __syncthreads();
@@ -84,39 +100,53 @@ class Steps : Stages<P> {
     stop_clock(TimedPhase::observe);
   }
 
-  /// What has to be known before anyone attends, when it is not the same from step to step. Gives a barrier.
-  __device__ void prepare(int token, bool attends, bool due) {
-    if (p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
+  /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks
+  /// see.
+  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && p_.absolute(); }
+
+  /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
+  /// Not inlined, and of few words. Gives a barrier.
+  static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
+                                              int block, bool attends, bool due, bool looks) {
+    Steps s(args, fixed, policy);
+    Player<P>& p = s.p_;
+    p.size = size;
+    s.begin_step(token, block);
+    const bool half = p.trace.elements == Dtype::float16;
+    if (p.is_clerk_warp()) {
+      p.append_one(token, s.inputs().key(token), s.inputs().value(token));
+      if (attends && fixed.streamed && s.probes(due))
+        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
+                                   p.row.queries[token & 1], p.row.stream.probe)
+             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
+                                          p.row.queries[token & 1], p.row.stream.probe);
+    }
     __syncthreads();
-    if (watches()) add_statistics(token, token + 1);
+    if (s.watches()) s.add_statistics(token, token + 1);
     if (!attends) return;
-    look(token, 0x7fffffff, due);
-    if (!p_.fixed.streamed) return;
-    if (!p_.absolute() || p_.traits().future_mass) stage_queries(p_.fixed.look, p_.row.queries[token & 1]);
-    if (p_.probe_known && p_.is_clerk_warp())
-      p_.trace.elements == Dtype::float16 ? split_probe<__half>(p_.fixed.look, p_.row.stream.probe)
-                                          : split_probe<__nv_bfloat16>(p_.fixed.look, p_.row.stream.probe);
+    if (looks)
+      s.look(token, 0x7fffffff, due);
+    else
+      p.biases(size);
+    if (!fixed.streamed || (p.absolute() && !p.traits().future_mass)) return;
+    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
     __syncthreads();
   }
 
-  /// Sets what one token's queries look at. With `scores`, the policy's key probe goes along, where the keys that are
-  /// attended are those that hooks see.
+  /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
   __device__ void look(int token, int newest_key, bool scores) {
     bias_ = p_.biases(p_.size);
-    const bool probes = p_.traits().key_probe && scores && p_.absolute();
-    p_.look_at(token, bias_, newest_key, probes ? p_.unit.probe : nullptr);
-    p_.probe_known = p_.probe_known || probes;
-    own_look_ = token == p_.now && newest_key == 0x7fffffff;
+    p_.look_at(token, bias_, newest_key, probes(scores) ? p_.unit.probe : nullptr);
+    p_.probe_known = p_.probe_known || probes(scores);
   }
 
-  /// The step's row: logits, log-sum-exps in log_sum_, outputs. `appends`: the token is booked meanwhile. Outputs need a
+  /// The step's row: logits, log-sum-exps, outputs. `appends`: the token is booked meanwhile. Outputs need a
   /// barrier.
   __device__ __forceinline__ void pass(int token, bool appends) {
     row_of_ = token;
     if (!p_.fixed.streamed) {
       if (!streams_now()) serve(token);
       p_.attend_apart(token);
-      p_.log_sums(log_sum_);
       return;
     }
     const int last = p_.size - 1;
@@ -140,7 +170,7 @@ class Steps : Stages<P> {
     else
       Stream<__nv_bfloat16, 64, false>::advance(p_.ring, last, next);
     __syncthreads();
-    p_.attention().combine(p_.fixed.look, now, p_.row, log_sum_);
+    p_.attention().combine(p_.fixed.look, now, p_.row);
   }
 
   __device__ bool wide() const { return stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64; }
@@ -187,31 +217,42 @@ class Steps : Stages<P> {
                    inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
   }
 
-  __device__ void measure_mass_too(int token, int m, bool observes) {
+  // What is seldom needed works on a copy, so that what the steps hold can stay in registers.
+
+  __device__ void follow(const Steps& copy) {
+    p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_;
+    row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
+    own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_, buffer_ = copy.buffer_, turn_ = copy.turn_;
+    meetings_ = copy.meetings_, placeless_ = copy.placeless_;
+  }
+
+  static __device__ __noinline__ void measure_mass_too(Steps& s, int token, int m, bool observes) {
     __syncthreads();
-    measure_step();
-    measured_ = -1;
+    s.measure_step();
+    s.measured_ = -1;
     __syncthreads();
-    mass(m, token, bias_);
-    row_of_ = -1, own_look_ = false;
-    if (observes) attend_again(token, 0x7fffffff);
+    s.mass(m, token, s.bias_);
+    s.row_of_ = -1, s.own_look_ = false;
+    if (observes) s.attend_again(token, 0x7fffffff);
   }
 
   /// A row besides the step's own. Gives a barrier.
   __device__ void attend_again(int token, int newest_key) {
     look(token, newest_key, false);
     p_.attend_apart(token);
-    if (p_.fixed.streamed) p_.log_sums(log_sum_);
     row_of_ = newest_key < p_.now ? -1 : token;
     own_look_ = false;
+  }
+  static __device__ __noinline__ void attend_again_apart(Steps& s, int token, int newest_key) {
+    s.attend_again(token, newest_key);
   }
 
   /// on_attention of the step's row, for a thread's own slots.
   __device__ void observe() const {
     if (p_.trace.group > stream_heads) return p_.observe_row();
-    const SlotLoop<P> slots(p_.fixed, p_.now, log_sum_);
+    const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
-    p_.team.for_each(p_.size, [&](int s) { slots.observe(policy, s); });
+    slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.observe(policy, s, mine); });
   }
 
   __device__ void compress_step(int token, bool observes) {
@@ -228,23 +269,31 @@ class Steps : Stages<P> {
       __syncthreads();
       stop_clock(TimedPhase::observe);
     }
-    know_places();
+    Steps copy = *this;
+    compress_rounds(copy, token);
+    follow(copy);
+  }
+
+  /// Rounds of scoring, choosing and folding of as many slots as there are too many.
+  static __device__ __noinline__ void compress_rounds(Steps& s, int token) {
+    Player<P>& p = s.p_;
+    s.know_places();
     for (bool more = true; more;) {
-      start_clock();
-      const int rows = look_window(token);
-      stop_clock(TimedPhase::observe);
-      look_around();
-      Player<P>::score(p_, rows);
-      stop_clock(TimedPhase::score);
-      classify(p_.fixed, p_.size, p_.now, links(), buffer_);
-      if (args_.together) meet();
-      p_.compress(buffer_, rows);
-      if (args_.together) buffer_ ^= 1;
-      stop_clock(TimedPhase::compact);
-      more = p_.over_budget();
-      row_of_ = -1, p_.probe_known = false;  // slots have moved
+      s.start_clock();
+      const int rows = s.look_window(token);
+      s.stop_clock(TimedPhase::observe);
+      s.look_around();
+      Player<P>::score(p, rows);
+      s.stop_clock(TimedPhase::score);
+      classify(p.fixed, p.size, p.now, s.links(), s.buffer_);
+      if (s.args_.together) s.meet();
+      p.compress(s.buffer_, rows);
+      if (s.args_.together) s.buffer_ ^= 1;
+      s.stop_clock(TimedPhase::compact);
+      more = p.over_budget();
+      s.row_of_ = -1, p.probe_known = false;  // slots have moved
     }
-    if (p_.is_clerk()) ++p_.progress.compressions;
+    if (p.is_clerk()) ++p.progress.compressions;
     __syncthreads();
   }
 
@@ -254,21 +303,22 @@ class Steps : Stages<P> {
   __device__ void drop(int token, int victim) {
     const int last = p_.size - 1;
     const void *key = inputs().key(token), *value = inputs().value(token);
-    if (merges()) {
-      if constexpr (detail::declares_on_merge<P>) {
-        Player<P> copy = p_;
-        Player<P>::fold_victim(copy, victim);
-        p_.follow(copy);
-      }
-      key = p_.at(p_.unit.keys, last, p_.trace.key_dim);  // the newest slot may have been folded into
-      value = p_.at(p_.unit.values, last, p_.trace.value_dim);
-    } else if (p_.is_clerk()) {
-      ++p_.progress.evictions;
-    }
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
-    p_.let_go(victim, !placeless_, key, value);
+    const int gap = placeless_ ? -1 : p_.unit.rank[victim];
+    bool newest_folded = false;
+    if (merges()) {
+      if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
+      const int target = p_.fold_apart(victim);
+      newest_folded = target == last || target == many_targets;
+    } else {
+      if (p_.is_clerk()) ++p_.progress.evictions;
+      if (!placeless_ && !detail::declares_on_evict<P>) __syncthreads();
+    }
+    if (newest_folded)
+      key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
+    p_.let_go(victim, gap, key, value);
     if (p_.is_clerk()) ++p_.progress.compressions;
-    if (merges()) __syncthreads();  // the clerk's next row goes where the newest one is read
+    if (newest_folded || gap >= 0) __syncthreads();  // the clerk's next row and place go where the newest ones were read
   }
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
@@ -291,11 +341,13 @@ class Steps : Stages<P> {
       if (observes) observe();
       observes = false;
       __syncthreads();
-      attend_again(token, p_.traits().window_past ? token - 1 : 0x7fffffff);
+      Steps copy = *this;
+      attend_again_apart(copy, token, p_.traits().window_past ? token - 1 : 0x7fffffff);
+      follow(copy);
     }
     p_.know_probe();
     auto head = p_.head();
-    const SlotLoop<P> slots(p_.fixed, p_.now, log_sum_);
+    const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
     const bool together = observes && slots.info.group <= stream_heads;  // observed in the pass that scores
     unsigned long long mine = ~0ull;
@@ -305,31 +357,32 @@ class Steps : Stages<P> {
           static_cast<unsigned long long>(Cut::key_of(score)) << 31 | static_cast<unsigned>(0x7fffffff - slot_token);
       if (key < mine) mine = key, slot = s;
     };
-    const auto look_at_slot = [&](int s) {
-      const int slot_token = slots.token[s];
-      const float score = checked_score(p_.fixed, slots.score(policy, head, s), s, slot_token);
+    const auto look_at_slot = [&](int s, int slot_token) {
+      const float score = checked_score(p_.fixed, slots.score(policy, head, s, slot_token), s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
-    if (window) {
-      p_.sum_row(true, 0, true);
-      __syncthreads();  // score_in may read what its neighbours saw
-    }
-    if (observes && (detail::declares_score_in<P> || !together)) {
+    if (observes && (window || detail::declares_score_in<P> || !together)) {
       observe();
       __syncthreads();
       observes = false;
     }
+    if (window) {
+      p_.weigh_row_in_place(true);
+      head.sight_.seen = {p_.fixed.logits, 1, p_.trace.group, p_.fixed.logit_stride};
+      row_of_ = -1;
+      __syncthreads();  // score_in may read what its neighbours saw
+    }
     if (observes)
-      p_.team.for_each(p_.size, [&](int s) {
-        slots.observe(policy, s);
-        look_at_slot(s);
+      slots.template each<true>(p_.size, [&](int s, const auto& mine) {
+        slots.observe(policy, s, mine);
+        look_at_slot(s, mine.token);
       });
     else
-      p_.team.for_each(p_.size, look_at_slot);
+      slots.template each<false>(p_.size, [&](int s, const auto& mine) { look_at_slot(s, mine.token); });
     if (args_.together) {  // heads that keep the same tokens keep them in the same slots
       meet();
       each_sum_over_heads(p_.fixed, buffer_, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
@@ -366,7 +419,7 @@ class Steps : Stages<P> {
       int* arrivals = args_.meeting + p_.unit.first_head;
       __threadfence();
       atomicAdd(arrivals, 1);
-      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) __nanosleep(32);
+      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) continue;
       __threadfence();
     }
     __syncthreads();
@@ -385,11 +438,11 @@ class Steps : Stages<P> {
   }
 
   const bool prepares_;               // every step does
-  float log_sum_[stream_heads] = {};  // of the latest row, for groups that fit
   const float* bias_ = nullptr;
   int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
   bool own_look_ = false;                    // fixed.look is that of a step's own row
+  bool look_probes_ = false;                 // and has the policy's key probe
   bool bias_moved_ = false;
   int buffer_ = 0, turn_ = 0, meetings_ = 0;
   bool placeless_ = false;  // order and rank were left behind

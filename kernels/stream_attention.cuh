@@ -23,7 +23,9 @@ class Stream {
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
   static constexpr unsigned row_bytes = width * 2, row_chunks = width / 8, tile_bytes = stream_tile * row_bytes;
   static constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
-  static constexpr int depth = stream_ring_bytes / (2 * static_cast<int>(tile_bytes));
+  static constexpr unsigned value_step = 512 + 16;  // between the copies of a tile of values: a group of banks further
+  static constexpr unsigned stage_bytes = tile_bytes + copies * value_step;
+  static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory)
       : look_(look),
@@ -32,6 +34,8 @@ class Stream {
         tiles_((now.slots + stream_tile - 1) / stream_tile),
         whole_tiles_(look.key_dim == width && look.value_dim == width ? now.slots / stream_tile : 0),
         simple_tiles_(look.softcap == 0 && look.bias == nullptr && !look.masked ? now.slots / stream_tile : 0),
+        kept_tiles_(look.kept_tiles),
+        others_(look.kept_tiles >= 0 ? go_first : stay_as_usual),
         scale_(look.scale),
         logits_(look.logits && row() < look.group
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
@@ -39,10 +43,10 @@ class Stream {
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp() * stream_ring_bytes)),
         query_(
             keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
-        key_at_(keep(static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
+        key_at_(keep(ring_ + static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
                      static_cast<unsigned>(row() & 1) * 64)),
-        value_at_(keep((lane() / 16 * 8 + lane() % 8) * row_bytes + ((lane() / 8 & 1) ^ (lane() % 8)) * 16)),
-        copy_at_(keep(place<true>(lane() / row_chunks, lane() % row_chunks))) {}
+        value_at_(keep(ring_ + tile_bytes + place<false>(lane() / 16 * 8 + lane() % 8, lane() / 8 & 1))),
+        copy_at_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks))) {}
 
   /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
   /// row over the same cache. advance() must follow.
@@ -53,31 +57,30 @@ class Stream {
       ring.stage = 0;
 #pragma unroll
       for (int i = 0; i < depth; ++i) {
-        const unsigned at = ring_ + static_cast<unsigned>(i) * 2 * tile_bytes;
-        fetch<true>(warp() + i * stream_warps, at);
-        fetch<false>(warp() + i * stream_warps, at + tile_bytes);
+        fetch<true>(warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
+        fetch<false>(warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
       }
     }
     const int first_again = next && goes_on(tiles_) ? my_tiles() * stream_warps : 0;
-    auto stage = static_cast<unsigned>(ring.stage);
+    auto stage = static_cast<unsigned>(depth > 1 ? ring.stage : 0);
 #pragma unroll 1
     for (int tile = warp(); tile < tiles_; tile += stream_warps) {
       int after = tile + depth * stream_warps;
       if (after >= tiles_) after = first_again > 0 ? after - first_again : tiles_;
-      const unsigned keys = ring_ + stage * 2 * tile_bytes, values = keys + tile_bytes;
+      const unsigned at = stage * stage_bytes;
       await_copies<2 * depth - 1>();
       __syncwarp();  // every lane's copies are there
       float dots[2][2];
-      dot_keys(keys, tile, dots);
+      dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
-      fetch<true>(after, keys);
+      fetch<true>(after, at);
       unsigned high[2], low[2];
       soften(tile, dots, high, low);
       await_copies<2 * depth - 1>();
       __syncwarp();
-      add_values(values, high, low);
+      add_values(at, high, low);
       __syncwarp();
-      fetch<false>(after, values);
+      fetch<false>(after, at);
       if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
     }
     store();
@@ -103,7 +106,7 @@ class Stream {
     __syncwarp();
     const unsigned stage = static_cast<unsigned>((ring.stage + turn) % depth), row = slot % stream_tile;
     const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(tile % stream_warps * stream_ring_bytes) +
-                          stage * 2 * tile_bytes;
+                          stage * stage_bytes;
     const unsigned chunk = threadIdx.x % 16;
     const bool keys = threadIdx.x % 32 < 16;
     if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
@@ -126,68 +129,64 @@ class Stream {
   /// or the same chunk of eight rows of values: each must meet all eight groups of banks.
   template <bool keys>
   __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
-    return row * row_bytes + (chunk ^ (keys ? (row & 1) << 2 : row & 7)) * 16;
+    if (keys) return row * row_bytes + (chunk ^ (row & 1) << 2) * 16;
+    const unsigned in_copy = row % rows_a_copy;
+    return row / rows_a_copy * value_step + in_copy * row_bytes + (chunk ^ in_copy * (8 / rows_a_copy)) * 16;
   }
 
   __device__ int my_tiles() const { return (tiles_ - warp() + stream_warps - 1) / stream_warps; }
 
-  /// A tile of rows, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies in any case.
+  /// A tile of rows into the stage at `stage_at`, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies
+  /// in any case.
   template <bool keys>
-  __device__ __forceinline__ void fetch(int tile, unsigned to) const {
+  __device__ __forceinline__ void fetch(int tile, unsigned stage_at) const {
     const void* rows = keys ? look_.keys : look_.values;
+    constexpr unsigned step = keys ? 512 : value_step;
+    unsigned to = copy_at_ + stage_at + (keys ? 0 : tile_bytes);
+    if constexpr (!keys && rows_a_copy != 2)
+      to = ring_ + tile_bytes + stage_at + place<false>(lane() / row_chunks, lane() % row_chunks);
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
+      const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
 #pragma unroll
-      for (int i = 0; i < copies; ++i) copy_16(copy_place<keys>(to, i), from + i * 512);
+      for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
     } else if (tile < tiles_) {
-      const int first = tile * stream_tile, dim = keys ? look_.key_dim : look_.value_dim;
-      const unsigned row = lane() / row_chunks, chunk = lane() % row_chunks;
+      const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
+      const int dim = keys ? look_.key_dim : look_.value_dim, channel = static_cast<int>(lane() % row_chunks) * 8;
 #pragma unroll 1
       for (int i = 0; i < copies; ++i) {
-        const int slot = first + i * rows_a_copy + static_cast<int>(row);
-        const bool there = slot < now_.slots && static_cast<int>(chunk) * 8 < dim;
-        const char* from = static_cast<const char*>(rows) + (static_cast<long>(slot) * dim + chunk * 8) * 2;
-        copy_16(to + place<keys>(row + static_cast<unsigned>(i * rows_a_copy), chunk),
-                there ? from : static_cast<const char*>(rows), there);
+        const int slot = first + i * rows_a_copy;
+        const bool there = slot < now_.slots && channel < dim;
+        const char* from = static_cast<const char*>(rows) + (static_cast<long>(slot) * dim + channel) * 2;
+        copy_16(to + static_cast<unsigned>(i) * step, there ? from : static_cast<const char*>(rows), there);
       }
     }
     close_copies();
   }
 
-  /// place() of this lane's part of copy i. Rows of one copy follow each other, so only bits of the swizzle move: of keys
-  /// none, since the first rows of copies are even.
-  template <bool keys>
-  __device__ unsigned copy_place(unsigned to, int i) const {
-    static_assert(rows_a_copy % 2 == 0);
-    if constexpr (keys) return to + copy_at_ + static_cast<unsigned>(i) * 512;
-    // From a key's swizzle to a value's: chunk ^ (row & 7) instead of chunk ^ (row & 1) << 2.
-    const unsigned first = static_cast<unsigned>(i * rows_a_copy), own = lane() / row_chunks;
-    const unsigned turned = copy_at_ ^ ((own & 1) << 2 ^ (own & 7)) * 16 ^ (first & 7) * 16;
-    return to + turned + first * row_bytes;
-  }
-
   /// Queries are the left operand, heads its first rows: 16-byte loads hold the words of two products, one in the place of
   /// rows 0 to 7, one in that of rows 8 to 15, whose other halves are not looked at. In probing the same goes for three
   /// parts of the policy's vector in the rows of heads.
-  __device__ __forceinline__ void dot_keys(unsigned keys, int tile, float (&dots)[2][2]) const {
+  __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const unsigned probe_at =
-        probing ? shared_address(memory_.probe) +
-                      static_cast<unsigned>((row() < 3 ? row() : 3) * query_pitch(width) + column() * 8) * 2
-                : 0;
+    const bool apart = probing && look_.group > stream_heads - probe_parts;
+    const unsigned probe_at = apart ? shared_address(memory_.probe) + static_cast<unsigned>(
+                                                                          (row() % 4) * query_pitch(width) + column() * 8) *
+                                                                          2
+                                    : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
       const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
-      // Chunk column + 4 j, but for odd rows j and j ^ 1 have changed places.
-      const unsigned at = (keys + key_at_) ^ static_cast<unsigned>(j & 1) * 64;
+      // Chunk column() + 4 j of the key; in odd rows j and j ^ 1 have changed places.
+      const unsigned at = (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * 128;
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const uint4 key =
-            load_shared(at + static_cast<unsigned>(j / 2) * 128 + static_cast<unsigned>(t) * 8 * row_bytes);
+        const uint4 key = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
         Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
         Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
         if constexpr (probing) {
+          if (probe_at == 0) continue;
           const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
           Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
           Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
@@ -200,8 +199,17 @@ class Stream {
       for (int i = 0; i < 2; ++i) {
         dots[t][i] = first[t][i] + second[t][2 + i];
         if constexpr (probing)
-          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i, probe_first[t][i] + probe_second[t][2 + i]);
+          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i,
+                     apart ? probe_first[t][i] + probe_second[t][2 + i] : dots[t][i], apart ? 0 : first_probe_row);
       }
+  }
+
+  /// Where this lane's row of the b-th block of 16 channels lies.
+  __device__ unsigned value_place(unsigned stage_at, int b) const {
+    if constexpr (rows_a_copy == 2)  // in odd rows b and b ^ 2 have changed places
+      return value_at_ + stage_at + static_cast<unsigned>(b) * 32 - (b & 2 ? (lane() & 1) * 128 : 0);
+    return ring_ + tile_bytes + stage_at +
+           place<false>(lane() / 16 * 8 + lane() % 8, (lane() / 8 & 1) + 2 * static_cast<unsigned>(b));
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words.
@@ -241,10 +249,10 @@ class Stream {
     return (look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
-  /// Rows 0, 1 and 2 of the probe's product are its three parts.
-  __device__ void keep_probe(int slot, float dot) const {
+  /// Three rows from `first` on are the parts of the probe.
+  __device__ void keep_probe(int slot, float dot, int first) const {
     const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
-    if (row() == 0 && slot < now_.slots) look_.probe[slot] = dot + (second + third);
+    if (row() == first && slot < now_.slots) look_.probe[slot] = dot + (second + third);
   }
 
   __device__ void rescale(float most) {
@@ -259,12 +267,11 @@ class Stream {
 
   /// Values are the left operand, a channel a row; the probabilities of all heads are the right one, as they came out of
   /// the dots.
-  __device__ __forceinline__ void add_values(unsigned values, const unsigned (&high)[2], const unsigned (&low)[2]) {
-    const unsigned at = values + value_at_;
+  __device__ __forceinline__ void add_values(unsigned stage_at, const unsigned (&high)[2], const unsigned (&low)[2]) {
 #pragma unroll
     for (int b = 0; b < value_blocks; b += 2) {
-      const uint4 rows = load_turned(at ^ static_cast<unsigned>(b) * 32);
-      const uint4 next = load_turned(at ^ static_cast<unsigned>(b + 1) * 32);
+      const uint4 rows = load_turned(value_place(stage_at, b));
+      const uint4 next = load_turned(value_place(stage_at, b + 1));
       Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, high[0], high[1]);
       Words<Element>::mma(output_[b + 1], {next.x, next.y, next.z, next.w}, high[0], high[1]);
       Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, low[0], low[1]);
@@ -296,43 +303,48 @@ class Stream {
   const StreamMemory& memory_;
   const int tiles_, whole_tiles_,
       simple_tiles_;  // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
+  const int kept_tiles_;   // that stay in the second-level cache
+  const uint64_t others_;  // the wish for the rest
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
-  const unsigned key_at_, value_at_, copy_at_;  // of this lane within a tile
+  const unsigned key_at_, value_at_, copy_at_;  // this lane's in the first stage
   float output_[value_blocks][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };
 
 /// Fills RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
 /// follow.
-__device__ inline void stage_queries(const RowLook& look, std::uint16_t* queries) {
+__device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries) {
   const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
     const int head = i / chunks, chunk = i % chunks;
     uint4 words{};
     if (head < look.group && chunk * 8 < look.key_dim)
-      words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(look.query) + head * look.query_stride +
+      words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(from.first) + head * from.stride +
                                               chunk * 8);
     *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = {words.x, words.z, words.y, words.w};
   }
 }
 
-/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. By one warp; a
-/// barrier must follow.
+/// Splits the policy's vector into rows of elements whose sum is the vector to 24 bits: in the rows that heads leave in the
+/// queries, or in `apart`, StreamMemory::probe, with one more of zeros. By one warp; a barrier must follow.
 template <class Element>
-__device__ void split_probe(const RowLook& look, unsigned* words) {
-  const int width = stream_width(look.key_dim, look.value_dim), pitch = query_pitch(width) / 2;
+__device__ void split_probe(const float* vector, int key_dim, int value_dim, int group, std::uint16_t* queries,
+                            unsigned* apart) {
+  const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
+  unsigned* words = group > stream_heads - probe_parts
+                        ? apart
+                        : reinterpret_cast<unsigned*>(queries) + first_probe_row * pitch;
   for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
-    float x = 2 * i < look.key_dim ? look.probe_vector[2 * i] : 0.f,
-          y = 2 * i < look.key_dim ? look.probe_vector[2 * i + 1] : 0.f;
-    for (int part = 0; part < 3; ++part) {
+    float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
+    for (int part = 0; part < probe_parts; ++part) {
       const unsigned word = Words<Element>::pack(x, y);
       const float2 taken = Words<Element>::unpack(word);
       x -= taken.x, y -= taken.y;
       words[part * pitch + turned_channel(2 * i) / 2] = word;
     }
-    words[3 * pitch + i] = 0;
+    if (words == apart) words[probe_parts * pitch + i] = 0;
   }
 }
 

@@ -9,8 +9,6 @@ namespace kv {
 /// What a token's queries look at, apart from what moves from token to token.
 struct RowLook {
   const void *keys = nullptr, *values = nullptr;
-  const void* query = nullptr;  // head g's row: query + g * query_stride elements
-  long query_stride = 0;
   int key_dim = 0, value_dim = 0, group = 1;
   float scale = 1, softcap = 0;
   const float* bias = nullptr;  // [slots] or null
@@ -20,6 +18,7 @@ struct RowLook {
   // Logits without bias, -infinity where hidden; null = not wanted. [group][logit_stride], pairs aligned.
   float* logits = nullptr;
   int logit_stride = 0;
+  int kept_tiles = -1;  // tiles that shall stay in the second-level cache while the others pass through; -1 = no wishes
   const float* probe_vector = nullptr;  // [key_dim] or null
   float* probe = nullptr;               // [slots] key . probe_vector
 
@@ -27,6 +26,12 @@ struct RowLook {
     const int t = token[slot];
     return t > query_token || t > newest_key || (window > 0 && query_token - t >= window);
   }
+};
+
+/// A token's queries in device memory: head g's row is g * stride elements further.
+struct Queries {
+  const void* first;
+  long stride;
 };
 
 /// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
@@ -55,6 +60,9 @@ struct Ring {
   int stage = 0;         // of this warp, that the next row begins with
   int tiles = 0;         // of the row that started them
 };
+
+/// A policy's key probe is a vector in three parts, in the last rows of the queries where heads leave them.
+constexpr int probe_parts = 3, first_probe_row = stream_heads - probe_parts;
 
 /// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
 /// is a left operand and what it loads of a key two right ones.

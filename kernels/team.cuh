@@ -149,8 +149,11 @@ struct WarpRows {
   __device__ float dot(A a, B b) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     float chunk = 0;
-    for (int first = 8 * lane; first < a.dim; first += 8 * 32)
-      for (int c = first; c < first + 8 && c < a.dim; ++c) chunk += a[c] * b[c];
+    for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
+      float x[8], y[8];
+      load(a, first, x), load(b, first, y);
+      for (int k = 0; k < 8 && first + k < a.dim; ++k) chunk += x[k] * y[k];
+    }
     const int chunks = (a.dim + 7) / 8;
     for (int n = chunks < 32 ? chunks : 32; n > 1; n = (n + 1) / 2) {
       const float other = __shfl_down_sync(~0u, chunk, static_cast<unsigned>((n + 1) / 2));
@@ -172,8 +175,21 @@ struct WarpRows {
   }
   template <class A>
   __device__ void add(float* vector, float weight, A row) const {
-    for (int c = static_cast<int>(threadIdx.x % 32); c < row.dim; c += 32) vector[c] += weight * row[c];
+    for (int first = 8 * static_cast<int>(threadIdx.x % 32); first < row.dim; first += 8 * 32) {
+      float x[8];
+      load(row, first, x);
+      for (int k = 0; k < 8 && first + k < row.dim; ++k) vector[first + k] += weight * x[k];
+    }
     __syncwarp();
+  }
+
+ private:
+  /// Channels first .. first + 7 of a row, as far as it goes.
+  template <class A>
+  __device__ static void load(A row, int first, float (&x)[8]) {
+    if constexpr (requires { row.in_eights(); })
+      if (row.in_eights()) return row.load_eight(first, x);
+    for (int k = 0; k < 8; ++k) x[k] = first + k < row.dim ? row[first + k] : 0.f;
   }
 };
 

@@ -14,8 +14,12 @@ struct RowMemory {
   float* full;                 // [input_buffers][group][value_dim]
   float* output;               // [group][value_dim]
   float* log_sum;              // [group] log-sum-exps
+  float* log_sums;             // [team_warps][stream_heads] every warp's own copy
   float* newest;               // [group] logits of the newest slot, with bias
   float* probabilities;        // [group][logit_stride] in device memory, for rows that are not streamed
+
+  /// This warp's copy of the log-sum-exps, of groups that fit.
+  __device__ float* own_log_sum() const { return log_sums + threadIdx.x / 32 * stream_heads; }
 };
 
 /// Lays it out in row_memory_bytes() of shared memory.
@@ -41,6 +45,7 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
   row.newest = reinterpret_cast<float*>(take(group * 4));
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
+  row.log_sums = reinterpret_cast<float*>(take(team_warps * stream_heads * 4));
   return row;
 }
 
@@ -62,6 +67,7 @@ __device__ inline float warp_dot(const void* a, long a_row, const void* b, long 
 /// A vector of the policy's own as a row.
 struct FloatRow {
   const float* data;
+  int dim;
   __device__ float operator[](int c) const { return data[c]; }
 };
 
@@ -77,26 +83,23 @@ struct TokenAttention {
   /// gives a barrier.
   __device__ void streamed(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
     Ring ring;
-    if (look.probe_vector && threadIdx.x < 32)
-      elements == Dtype::float16 ? split_probe<__half>(look, memory.stream.probe)
-                                 : split_probe<__nv_bfloat16>(look, memory.stream.probe);
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
       stream(look, now, memory.stream, ring);
     else
       newest_slot(look, now, memory);
     __syncthreads();
-    float log_sum[stream_heads];
-    combine(look, now, memory, log_sum);
+    combine(look, now, memory);
     __syncthreads();
   }
 
   /// The same of any shape and type, plainly; the newest slot is one of all.
-  __device__ __noinline__ void plain(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+  __device__ __noinline__ void plain(const RowLook& look, const Queries& queries, const RowNow& now,
+                                     const RowMemory& memory) const {
     const int n = now.slots + 1;
     for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
       for (int g = 0; g < look.group; ++g) {
-        const float dot = detail::warp_dot(look.query, g * look.query_stride, look.keys,
+        const float dot = detail::warp_dot(queries.first, g * queries.stride, look.keys,
                                            static_cast<long>(s) * look.key_dim, look.key_dim, elements);
         if (threadIdx.x % 32 == 0) look.logits[static_cast<long>(g) * look.logit_stride + s] = bent(look, now, s, dot);
       }
@@ -122,6 +125,9 @@ struct TokenAttention {
       }
     }
     __syncthreads();
+    const auto lane = static_cast<int>(threadIdx.x % 32);
+    if (lane < min(look.group, stream_heads)) memory.own_log_sum()[lane] = memory.log_sum[lane];
+    __syncwarp();
   }
 
   /// The newest slot's logits and probe, heads dealt over the warps that do not stream.
@@ -142,20 +148,15 @@ struct TokenAttention {
     if (look.probe_vector && first == 0) probe_slot(look, now.slots);
   }
 
-  /// Log-sum-exps (also in `log_sum`, by every thread) and outputs from what the warps left. All threads; a barrier before,
-  /// and one must follow. A lane holds a head's part of the softmax: a warp's, the newest slot's or the sink's.
-  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory,
-                          float (&log_sum)[stream_heads]) const {
+  /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
+  /// warp's own log-sum-exps. A lane holds a head's part of the softmax: a warp's, the newest slot's or the sink's.
+  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
     constexpr int lanes = stream_warps + 2 <= 8 ? 8 : 16, heads = 32 / lanes;
     static_assert(stream_warps + 2 <= 16);
     const int lane = static_cast<int>(threadIdx.x % 32), part = lane % lanes, group = look.group, dv = look.value_dim;
 #pragma unroll
     for (int g0 = 0; g0 < stream_heads; g0 += heads) {
-      if (g0 >= group) {
-#pragma unroll
-        for (int h = 0; h < heads; ++h) log_sum[g0 + h] = 0;
-        continue;
-      }
+      if (g0 >= group) break;
       const int g = g0 + lane / lanes;
       float most = -INFINITY, sum = 0;  // in units of log 2
       if (g < group) {
@@ -176,11 +177,13 @@ struct TokenAttention {
 #pragma unroll
       for (int k = lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
       const float weight = all > 0 ? share / all : 0.f, mine = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
-#pragma unroll
-      for (int h = 0; h < heads; ++h) log_sum[g0 + h] = __shfl_sync(~0u, mine, h * lanes);
-      if (threadIdx.x < 32 && part == 0 && g < group) memory.log_sum[g] = mine;
+      if (part == 0 && g < group) {
+        memory.own_log_sum()[g] = mine;
+        if (threadIdx.x < 32) memory.log_sum[g] = mine;
+      }
       add_parts(memory, now, g0, min(heads, group - g0), group, dv, weight, lanes);
     }
+    __syncwarp();
   }
 
  private:
@@ -202,7 +205,7 @@ struct TokenAttention {
 
   __device__ void probe_slot(const RowLook& look, int slot) const {
     const float dot =
-        WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim), detail::FloatRow{look.probe_vector});
+        WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim), detail::FloatRow{look.probe_vector, look.key_dim});
     if (threadIdx.x % 32 == 0) look.probe[slot] = dot;
   }
 

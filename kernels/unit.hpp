@@ -135,6 +135,7 @@ struct PlaySettings {
   int measured_count = 0;
   const int* measured = nullptr;           // tokens, ascending
   const int* measured_of_token = nullptr;  // [tokens] index in `measured`, or -1
+  int kept_tiles = -1;                     // RowLook::kept_tiles
 };
 
 /// One launch of a policy's kernel. Numbers are the same for all units.

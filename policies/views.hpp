@@ -210,7 +210,9 @@ struct HeadView {
   KV_HD Observed seen(int s) const {
     KV_NEEDS(sight_.seen.sums,
              "head.seen() needs the trait observation_window or probe, and is known while compressing only");
-    return {sight_.seen.sums + static_cast<long>(s) * sight_.seen.group, sight_.seen.rows, sight_.seen.group};
+    const Observation& seen = sight_.seen;
+    if (seen.head_stride > 0) return {seen.sums + s, seen.rows, seen.group, seen.head_stride};
+    return {seen.sums + static_cast<long>(s) * seen.group, seen.rows, seen.group};
   }
   /// What on_compress writes.
   KV_HD float& score(int s) const { return KV_NEEDS(score_, "head.score() belongs to on_compress"), score_[s]; }
