@@ -24,10 +24,10 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   }
   __syncthreads();
   const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
-  Play::attend(play,
-               {play.at(play.layer.q_rotated, first, trace.key_dim),
-                static_cast<long>(play.layer.query_rows) * trace.key_dim},
-               token, token);
+  Play::attend(
+      play,
+      {play.at(play.layer.q_rotated, first, trace.key_dim), static_cast<long>(play.layer.query_rows) * trace.key_dim},
+      token, token);
 }
 
 /// Probability that full attention gives `t` in the row that attend_in_full left.

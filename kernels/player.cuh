@@ -266,8 +266,8 @@ struct Player : Play {
   }
 
   /// Folds one victim, as fold_one() does. Not inlined, and of few words.
-  static __device__ __noinline__ int fold_victim(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
-                                                 int victim, int rows) {
+  static __device__ __noinline__ int fold_victim(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                 int block, int victim, int rows) {
     if constexpr (detail::declares_on_merge<P>) {
       Player player(fixed, policy);
       player.size = size, player.now = now, player.phase = phase, player.block = block;

@@ -107,9 +107,7 @@ struct SlotLoop {
         if (g0 >= info.group) break;
 #pragma unroll
         for (int g = g0; g < g0 + 4; ++g) {
-          const float logit = g0 == 0          ? mine.logit[g % 4]
-                              : g < info.group ? logits[g * logit_stride + s]
-                                               : -INFINITY;
+          const float logit = g0 == 0 ? mine.logit[g % 4] : g < info.group ? logits[g * logit_stride + s] : -INFINITY;
           const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
           if constexpr (detail::declares_weigh<P>)
             sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;

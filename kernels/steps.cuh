@@ -75,6 +75,7 @@ class Steps : Stages<P> {
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
+      if (p_.traits().future_mass) settle_measure();
       const bool looks = !own_look_ || !p_.absolute() || p_.traits().future_mass || probes(due) != look_probes_;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks);
       own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
@@ -222,22 +223,30 @@ class Steps : Stages<P> {
   __device__ void follow(const Steps& copy) {
     p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_;
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
-    own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_, buffer_ = copy.buffer_, turn_ = copy.turn_;
+    own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_,
+    buffer_ = copy.buffer_, turn_ = copy.turn_;
     meetings_ = copy.meetings_, placeless_ = copy.placeless_;
   }
 
   static __device__ __noinline__ void measure_mass_too(Steps& s, int token, int m, bool observes) {
-    __syncthreads();
-    s.measure_step();
-    s.measured_ = -1;
-    __syncthreads();
+    s.settle_measure();
     s.mass(m, token, s.bias_);
     s.row_of_ = -1, s.own_look_ = false;
     if (observes) s.attend_again(token, 0x7fffffff);
   }
 
+  /// measure_step() now, before something else attends. Gives a barrier when it has to.
+  __device__ void settle_measure() {
+    if (measured_ < 0) return;
+    __syncthreads();
+    measure_step();
+    measured_ = -1;
+    __syncthreads();
+  }
+
   /// A row besides the step's own. Gives a barrier.
   __device__ void attend_again(int token, int newest_key) {
+    settle_measure();
     look(token, newest_key, false);
     p_.attend_apart(token);
     row_of_ = newest_key < p_.now ? -1 : token;
@@ -318,7 +327,8 @@ class Steps : Stages<P> {
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
     p_.let_go(victim, gap, key, value);
     if (p_.is_clerk()) ++p_.progress.compressions;
-    if (newest_folded || gap >= 0) __syncthreads();  // the clerk's next row and place go where the newest ones were read
+    if (newest_folded || gap >= 0)
+      __syncthreads();  // the clerk's next row and place go where the newest ones were read
   }
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
@@ -437,7 +447,7 @@ class Steps : Stages<P> {
     p_.fixed.clock = now;
   }
 
-  const bool prepares_;               // every step does
+  const bool prepares_;  // every step does
   const float* bias_ = nullptr;
   int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1

@@ -171,9 +171,8 @@ class Stream {
   __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
     const bool apart = probing && look_.group > stream_heads - probe_parts;
-    const unsigned probe_at = apart ? shared_address(memory_.probe) + static_cast<unsigned>(
-                                                                          (row() % 4) * query_pitch(width) + column() * 8) *
-                                                                          2
+    const unsigned probe_at = apart ? shared_address(memory_.probe) +
+                                          static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
                                     : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
@@ -302,7 +301,7 @@ class Stream {
   const RowNow& now_;
   const StreamMemory& memory_;
   const int tiles_, whole_tiles_,
-      simple_tiles_;  // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
+      simple_tiles_;       // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
   const int kept_tiles_;   // that stay in the second-level cache
   const uint64_t others_;  // the wish for the rest
   const float scale_;
@@ -333,9 +332,8 @@ template <class Element>
 __device__ void split_probe(const float* vector, int key_dim, int value_dim, int group, std::uint16_t* queries,
                             unsigned* apart) {
   const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
-  unsigned* words = group > stream_heads - probe_parts
-                        ? apart
-                        : reinterpret_cast<unsigned*>(queries) + first_probe_row * pitch;
+  unsigned* words =
+      group > stream_heads - probe_parts ? apart : reinterpret_cast<unsigned*>(queries) + first_probe_row * pitch;
   for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
     float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
     for (int part = 0; part < probe_parts; ++part) {

@@ -101,7 +101,8 @@ __device__ inline void copy_16(uint32_t to, const void* from) {
 }
 /// The same with a wish (stay_long, go_first) for how long the line stays in the second-level cache.
 __device__ inline void copy_16(uint32_t to, const void* from, uint64_t wish) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(wish) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(wish)
+               : "memory");
 }
 /// What createpolicy.fractional.L2::evict_normal, ::evict_last and ::evict_first give for the whole of an access.
 constexpr uint64_t stay_as_usual = 0x1000000000000000, stay_long = 0x14F0000000000000, go_first = 0x12F0000000000000;

@@ -204,8 +204,8 @@ struct TokenAttention {
   }
 
   __device__ void probe_slot(const RowLook& look, int slot) const {
-    const float dot =
-        WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim), detail::FloatRow{look.probe_vector, look.key_dim});
+    const float dot = WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim),
+                                     detail::FloatRow{look.probe_vector, look.key_dim});
     if (threadIdx.x % 32 == 0) look.probe[slot] = dot;
   }
 
