@@ -5,22 +5,17 @@
 // scores its own slots. After the second barrier everyone knows who goes; the newest row takes that place in memory, and in
 // the tile that is already under way for the next step. What needs more - biases, probes, rotations, merges - adds barriers.
 #pragma once
-#include "kernels/stages.cuh"
-#include "kernels/step_inputs.cuh"
 #include "kernels/step_records.cuh"
+#include "kernels/step_row.cuh"
 
 namespace kv {
 
 /// One unit through the tokens of a launch.
 template <class P>
-class Steps : Stages<P> {
+class Steps : StepRow<P> {
  public:
-  using Stages<P>::size;
-
-  __device__ Steps(const Launch& launch, Fixed& fixed, const P& policy)
-      : Stages<P>(launch, fixed, policy),
-        prepares_(!p_.fixed.streamed || !p_.absolute() || p_.traits().key_probe || detail::declares_log_bias<P> ||
-                  p_.layer.window > 0 || p_.traits().future_queries.horizon > 0 || p_.traits().future_mass) {}
+  using StepRow<P>::size;
+  using StepRow<P>::StepRow;
 
   /// Tokens [first, last) one by one.
   __device__ void run() {
@@ -38,33 +33,35 @@ class Steps : Stages<P> {
   }
 
  private:
-  using Stages<P>::args_;
-  using Stages<P>::p_;
-  using Stages<P>::add_statistics;
-  using Stages<P>::links;
-  using Stages<P>::look_around;
-  using Stages<P>::mass;
-  using Stages<P>::watches;
-
-  __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }
-  __device__ StepInputs inputs() const { return {p_}; }
-
-  __device__ void begin() {
-    if (p_.fixed.streamed) {  // beyond the group and the dimension queries stay zeros
-      const int words = stream_heads * query_pitch(stream_width(p_.trace.key_dim, p_.trace.value_dim)) / 2;
-      for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
-        for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
-    }
-    __syncthreads();
-    if (!streams_now()) fetch(args_.first);
-    await_copies<0>();
-    __syncthreads();
-  }
-
-  __device__ void begin_step(int token, int block) {
-    p_.now = token, p_.block_first = token, p_.block = block;
-    p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
-  }
+  using Row = StepRow<P>;
+  using Row::args_;
+  using Row::attend_again;
+  using Row::begin;
+  using Row::begin_step;
+  using Row::bias_;
+  using Row::bias_moved_;
+  using Row::inputs;
+  using Row::links;
+  using Row::look_around;
+  using Row::look_probes_;
+  using Row::mass;
+  using Row::measure_step;
+  using Row::measured_;
+  using Row::measured_token_;
+  using Row::observe;
+  using Row::own_look_;
+  using Row::p_;
+  using Row::pass;
+  using Row::prepare;
+  using Row::prepares_;
+  using Row::probes;
+  using Row::row_of_;
+  using Row::serve;
+  using Row::settle_measure;
+  using Row::start_clock;
+  using Row::stop_clock;
+  using Row::streams_now;
+  using Row::watches;
 
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.measured[token & 1];  // attended, if timed, and no more
@@ -101,131 +98,11 @@ class Steps : Stages<P> {
     stop_clock(TimedPhase::observe);
   }
 
-  /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks
-  /// see.
-  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && p_.absolute(); }
-
-  /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
-  /// Not inlined, and of few words. Gives a barrier.
-  static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
-                                              int block, bool attends, bool due, bool looks) {
-    Steps s(args, fixed, policy);
-    Player<P>& p = s.p_;
-    p.size = size;
-    s.begin_step(token, block);
-    const bool half = p.trace.elements == Dtype::float16;
-    if (p.is_clerk_warp()) {
-      p.append_one(token, s.inputs().key(token), s.inputs().value(token));
-      if (attends && fixed.streamed && s.probes(due))
-        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
-                                   p.row.queries[token & 1], p.row.stream.probe)
-             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
-                                          p.row.queries[token & 1], p.row.stream.probe);
-    }
-    __syncthreads();
-    if (s.watches()) s.add_statistics(token, token + 1);
-    if (!attends) return;
-    if (looks)
-      s.look(token, 0x7fffffff, due);
-    else
-      p.biases(size);
-    if (!fixed.streamed || (p.absolute() && !p.traits().future_mass)) return;
-    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
-    __syncthreads();
-  }
-
-  /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
-  __device__ void look(int token, int newest_key, bool scores) {
-    bias_ = p_.biases(p_.size);
-    p_.look_at(token, bias_, newest_key, probes(scores) ? p_.unit.probe : nullptr);
-    p_.probe_known = p_.probe_known || probes(scores);
-  }
-
-  /// The step's row: logits, log-sum-exps, outputs. `appends`: the token is booked meanwhile. Outputs need a
-  /// barrier.
-  __device__ __forceinline__ void pass(int token, bool appends) {
-    row_of_ = token;
-    if (!p_.fixed.streamed) {
-      if (!streams_now()) serve(token);
-      p_.attend_apart(token);
-      return;
-    }
-    const int last = p_.size - 1;
-    const RowNow now{last, token, p_.row.queries[token & 1],
-                     p_.absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
-                     inputs().value(token)};
-    const bool next = p_.absolute() && !p_.settings.mass && !p_.traits().future_mass;
-    if (streams_now()) {
-      const int stale = p_.stale;
-      if (stale >= 0 && stale < last && p_.streams_slot(stale))
-        p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
-      stream(now, next);
-    } else {
-      if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
-      p_.attention().newest_slot(p_.fixed.look, now, p_.row);
-      serve(token);
-    }
-    p_.stale = -1;
-    if (wide())
-      Stream<__nv_bfloat16, 128, false>::advance(p_.ring, last, next);
-    else
-      Stream<__nv_bfloat16, 64, false>::advance(p_.ring, last, next);
-    __syncthreads();
-    p_.attention().combine(p_.fixed.look, now, p_.row);
-  }
-
-  __device__ bool wide() const { return stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64; }
-
-  /// bfloat16 is inlined, the rest is called.
-  __device__ __forceinline__ void stream(const RowNow& now, bool next) {
-    const RowLook& look = p_.fixed.look;
-    const StreamMemory& memory = p_.row.stream;
-    if (p_.trace.elements == Dtype::float16 || p_.probe_known) {
-      Ring ring = p_.ring;
-      const RowNow copy = now;
-      if (p_.trace.elements == Dtype::float16)
-        wide() ? stream_row<__half, 128>(look, copy, memory, ring, next)
-               : stream_row<__half, 64>(look, copy, memory, ring, next);
-      else
-        wide() ? stream_row<__nv_bfloat16, 128>(look, copy, memory, ring, next)
-               : stream_row<__nv_bfloat16, 64>(look, copy, memory, ring, next);
-      p_.ring = ring;
-    } else if (wide()) {
-      stream_here<__nv_bfloat16, 128, false>(look, now, memory, p_.ring, next);
-    } else {
-      stream_here<__nv_bfloat16, 64, false>(look, now, memory, p_.ring, next);
-    }
-  }
-
-  /// What the warps that do not stream do for the steps before and after.
-  __device__ void serve(int token) {
-    measure_step();
-    if (token + 1 < args_.last) fetch(token + 1);
-    await_copies<0>();
-  }
-  __device__ void fetch(int token) const {
-    const int m = p_.settings.measured_of_token[token], row = p_.layer.row_of_token[token];
-    if (p_.fixed.streamed) inputs().fetch(token, m, row);
-    if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
-  }
-
-  /// Compares the outputs of the last row that was measured, which is a step back or the present one. Needs a barrier before.
-  __device__ void measure_step() {
-    if (measured_ < 0 || streams_now()) return;
-    const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
-    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps)
-      measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
-                   inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
-  }
-
   // What is seldom needed works on a copy, so that what the steps hold can stay in registers.
 
   __device__ void follow(const Steps& copy) {
-    p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_;
-    row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
-    own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_,
-    buffer_ = copy.buffer_, turn_ = copy.turn_;
-    meetings_ = copy.meetings_, placeless_ = copy.placeless_;
+    Row::follow(copy);
+    buffer_ = copy.buffer_, turn_ = copy.turn_, meetings_ = copy.meetings_, placeless_ = copy.placeless_;
   }
 
   static __device__ __noinline__ void measure_mass_too(Steps& s, int token, int m, bool observes) {
@@ -235,33 +112,8 @@ class Steps : Stages<P> {
     if (observes) s.attend_again(token, 0x7fffffff);
   }
 
-  /// measure_step() now, before something else attends. Gives a barrier when it has to.
-  __device__ void settle_measure() {
-    if (measured_ < 0) return;
-    __syncthreads();
-    measure_step();
-    measured_ = -1;
-    __syncthreads();
-  }
-
-  /// A row besides the step's own. Gives a barrier.
-  __device__ void attend_again(int token, int newest_key) {
-    settle_measure();
-    look(token, newest_key, false);
-    p_.attend_apart(token);
-    row_of_ = newest_key < p_.now ? -1 : token;
-    own_look_ = false;
-  }
   static __device__ __noinline__ void attend_again_apart(Steps& s, int token, int newest_key) {
     s.attend_again(token, newest_key);
-  }
-
-  /// on_attention of the step's row, for a thread's own slots.
-  __device__ void observe() const {
-    if (p_.trace.group > stream_heads) return p_.observe_row();
-    const SlotLoop<P> slots(p_.fixed, p_.now);
-    const P policy = p_.policy;
-    slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.observe(policy, s, mine); });
   }
 
   __device__ void compress_step(int token, bool observes) {
@@ -435,25 +287,6 @@ class Steps : Stages<P> {
     __syncthreads();
   }
 
-  __device__ void start_clock() {
-    if (args_.timed && threadIdx.x == 0) p_.fixed.clock = clock64();
-  }
-  __device__ void stop_clock(TimedPhase phase) {
-    if (!args_.timed) return;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    const long long now = clock64();
-    p_.unit.clocks[p_.block * timed_phases + static_cast<int>(phase)] += static_cast<unsigned>(now - p_.fixed.clock);
-    p_.fixed.clock = now;
-  }
-
-  const bool prepares_;  // every step does
-  const float* bias_ = nullptr;
-  int row_of_ = -1;                          // token whose row the logits are of
-  int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
-  bool own_look_ = false;                    // fixed.look is that of a step's own row
-  bool look_probes_ = false;                 // and has the policy's key probe
-  bool bias_moved_ = false;
   int buffer_ = 0, turn_ = 0, meetings_ = 0;
   bool placeless_ = false;  // order and rank were left behind
 };
