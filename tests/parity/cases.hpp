@@ -125,7 +125,8 @@ inline void compare_engines(Session& session, const std::vector<Case>& cases, Ag
     else if (ours.empty())
       PointComparison(
           runs[i].name, cpu.result, device[i].result,
-          [&] { return nudged.each([&](Session& copy) { return replay(copy, runs[i]); }); }, agreement)
+          [&] { return nudged.each(runs[i].policy->traits(), [&](Session& copy) { return replay(copy, runs[i]); }); },
+          agreement)
           .run();
   }
 }
