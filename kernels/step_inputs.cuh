@@ -46,6 +46,7 @@ struct StepInputs {
       }
       if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
     }
+    close_copies();
   }
 
  private:

@@ -126,7 +126,8 @@ TEST_P(BlockAttention, FastRoundsProbabilitiesOfTheOutputAlone) {
   for (int g = 0; g < shape.group; ++g)
     EXPECT_LT(relative_error(output, want.output, shape.value_dim, shape.group, g), limit) << "head " << g;
   if (shape.slots > 1) {
-    EXPECT_EQ(same_bits(exact.output(), output), shape.elements == fp32) << "a switch that changes something";
+    const bool in_words = shape.elements != fp32 && shape.key_dim % 8 == 0 && shape.value_dim % 8 == 0;
+    EXPECT_EQ(same_bits(exact.output(), output), !in_words) << "changes what goes over tensor cores, and nothing else";
   }
 }
 

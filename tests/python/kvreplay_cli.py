@@ -30,7 +30,7 @@ class Limits(NamedTuple):
 
 
 # CUDA multiplies probabilities as two 16-bit words: outputs are off by 2e-5, log-sum-exps by 3e-5.
-LIMITS = {"cpu": Limits(1e-6, 2e-4, 1e-5, 2e-5), "cuda": Limits(2e-5, 4e-4, 3e-5, 1e-4)}
+LIMITS = {"cpu": Limits(1e-6, 2e-4, 1e-5, 2e-5), "cuda": Limits(2e-5, 4e-4, 1e-4, 1e-4)}
 PLAIN = re.compile(r"[A-Za-z/][\w./%:-]*|\d+(\.\d+)?(e[+-]?\d+)?%?")
 
 
