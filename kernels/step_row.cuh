@@ -58,10 +58,8 @@ class StepRow : protected Stages<P> {
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
       if (attends && fixed.streamed && s.probes(due))
-        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
-                                   p.row.queries[token & 1], p.row.stream.probe)
-             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.trace.group,
-                                          p.row.queries[token & 1], p.row.stream.probe);
+        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe)
+             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe);
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);

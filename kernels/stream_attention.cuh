@@ -170,10 +170,9 @@ class Stream {
   /// parts of the policy's vector in the rows of heads.
   __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const bool apart = probing && look_.group > stream_heads - probe_parts;
-    const unsigned probe_at = apart ? shared_address(memory_.probe) +
-                                          static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
-                                    : 0;
+    const unsigned probe_at = probing ? shared_address(memory_.probe) +
+                                            static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
+                                      : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
       const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
@@ -185,7 +184,6 @@ class Stream {
         Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
         Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
         if constexpr (probing) {
-          if (probe_at == 0) continue;
           const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
           Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
           Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
@@ -198,8 +196,7 @@ class Stream {
       for (int i = 0; i < 2; ++i) {
         dots[t][i] = first[t][i] + second[t][2 + i];
         if constexpr (probing)
-          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i,
-                     apart ? probe_first[t][i] + probe_second[t][2 + i] : dots[t][i], apart ? 0 : first_probe_row);
+          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i, probe_first[t][i] + probe_second[t][2 + i]);
       }
   }
 
@@ -248,10 +245,10 @@ class Stream {
     return (look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
-  /// Three rows from `first` on are the parts of the probe.
-  __device__ void keep_probe(int slot, float dot, int first) const {
+  /// Rows 0, 1 and 2 of the probe's product are its three parts.
+  __device__ void keep_probe(int slot, float dot) const {
     const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
-    if (row() == first && slot < now_.slots) look_.probe[slot] = dot + (second + third);
+    if (row() == 0 && slot < now_.slots) look_.probe[slot] = dot + (second + third);
   }
 
   __device__ void rescale(float most) {
@@ -326,23 +323,20 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
   }
 }
 
-/// Splits the policy's vector into rows of elements whose sum is the vector to 24 bits: in the rows that heads leave in the
-/// queries, or in `apart`, StreamMemory::probe, with one more of zeros. By one warp; a barrier must follow.
+/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. By one warp; a
+/// barrier must follow.
 template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int value_dim, int group, std::uint16_t* queries,
-                            unsigned* apart) {
+__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words) {
   const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
-  unsigned* words =
-      group > stream_heads - probe_parts ? apart : reinterpret_cast<unsigned*>(queries) + first_probe_row * pitch;
   for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
     float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
-    for (int part = 0; part < probe_parts; ++part) {
+    for (int part = 0; part < 3; ++part) {
       const unsigned word = Words<Element>::pack(x, y);
       const float2 taken = Words<Element>::unpack(word);
       x -= taken.x, y -= taken.y;
       words[part * pitch + turned_channel(2 * i) / 2] = word;
     }
-    if (words == apart) words[probe_parts * pitch + i] = 0;
+    words[3 * pitch + i] = 0;
   }
 }
 

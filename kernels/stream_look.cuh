@@ -61,9 +61,6 @@ struct Ring {
   int tiles = 0;         // of the row that started them
 };
 
-/// A policy's key probe is a vector in three parts, in the last rows of the queries where heads leave them.
-constexpr int probe_parts = 3, first_probe_row = stream_heads - probe_parts;
-
 /// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
 /// is a left operand and what it loads of a key two right ones.
 __device__ constexpr int turned_channel(int c) { return (c & ~6) | (c & 2) << 1 | (c & 4) >> 1; }
