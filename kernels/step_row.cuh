@@ -122,12 +122,7 @@ class StepRow : protected Stages<P> {
     if (p_.trace.elements == Dtype::float16 || p_.probe_known) {
       Ring ring = p_.ring;
       const RowNow copy = now;
-      if (p_.trace.elements == Dtype::float16)
-        wide() ? stream_row<__half, 128>(look, copy, memory, ring, next)
-               : stream_row<__half, 64>(look, copy, memory, ring, next);
-      else
-        wide() ? stream_row<__nv_bfloat16, 128>(look, copy, memory, ring, next)
-               : stream_row<__nv_bfloat16, 64>(look, copy, memory, ring, next);
+      stream_apart(p_.trace.elements, look, copy, memory, ring, next);
       p_.ring = ring;
     } else if (wide()) {
       stream_here<__nv_bfloat16, 128, false>(look, now, memory, p_.ring, next);

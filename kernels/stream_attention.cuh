@@ -358,4 +358,18 @@ __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, 
     stream_here<Element, width, false>(look, now, memory, ring, next);
 }
 
+/// stream_row() of rows stored as `elements`, 16 bits each.
+__device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look, const RowNow& now,
+                                             const StreamMemory& memory, Ring& ring, bool next) {
+  const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
+  if (half && wide)
+    stream_row<__half, 128>(look, now, memory, ring, next);
+  else if (half)
+    stream_row<__half, 64>(look, now, memory, ring, next);
+  else if (wide)
+    stream_row<__nv_bfloat16, 128>(look, now, memory, ring, next);
+  else
+    stream_row<__nv_bfloat16, 64>(look, now, memory, ring, next);
+}
+
 }  // namespace kv

@@ -85,7 +85,7 @@ struct TokenAttention {
     Ring ring;
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
-      stream(look, now, memory.stream, ring);
+      stream_apart(elements, look, now, memory.stream, ring, false);
     else
       newest_slot(look, now, memory);
     __syncthreads();
@@ -187,18 +187,6 @@ struct TokenAttention {
   }
 
  private:
-  __device__ void stream(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring) const {
-    const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
-    if (half && wide)
-      stream_row<__half, 128>(look, now, memory, ring, false);
-    else if (half)
-      stream_row<__half, 64>(look, now, memory, ring, false);
-    else if (wide)
-      stream_row<__nv_bfloat16, 128>(look, now, memory, ring, false);
-    else
-      stream_row<__nv_bfloat16, 64>(look, now, memory, ring, false);
-  }
-
   __device__ static float bent(const RowLook& look, const RowNow& now, int slot, float dot) {
     return look.masked && look.hidden(slot, now.query_token) ? -INFINITY : detail::logit_of(look, dot);
   }
