@@ -3,19 +3,10 @@
 #include <type_traits>
 
 #include "kernels/attention_sight.cuh"
-#include "kernels/buffer.hpp"
+#include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
 namespace kv::blocks {
-
-/// Launches with as much shared memory as asked for.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-            const Arguments&... arguments) {
-  KV_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, static_cast<unsigned>(threads), static_cast<unsigned>(shared_bytes), stream>>>(arguments...);
-  KV_CUDA_TRY(cudaGetLastError());
-}
 
 /// Of the present device.
 inline int attribute(cudaDeviceAttr which) {
@@ -26,15 +17,6 @@ inline int attribute(cudaDeviceAttr which) {
 }
 inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 inline bool has_shared(int bytes) { return bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-
-/// True when the present device runs a kernel's sm_90a code: only that has barriers in static shared memory, builds for
-/// other architectures are empty.
-template <class... Parameters>
-bool is_built(void (*hopper_kernel)(Parameters...)) {
-  cudaFuncAttributes attributes;
-  KV_CUDA_TRY(cudaFuncGetAttributes(&attributes, hopper_kernel));
-  return attributes.sharedSizeBytes > 0;
-}
 
 inline int tiles_of(int count, int tile) { return (count + tile - 1) / tile; }
 

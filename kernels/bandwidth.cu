@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/event_times.hpp"
+#include "kernels/launch.cuh"
 
 namespace kv {
 namespace {
@@ -48,9 +49,8 @@ Bandwidth measure_bandwidth() {
   double read = 1e30;
   for (const int blocks : {2, 4, 8})
     read = std::min(read, median_us([&] {
-                      read_all<<<blocks * multiprocessors, 512>>>(reinterpret_cast<const uint4*>(from.data()),
-                                                                  bytes / sizeof(uint4), sum.data());
-                      KV_CUDA_TRY(cudaGetLastError());
+                      launch(read_all, blocks * multiprocessors, 512, 0, nullptr,
+                             reinterpret_cast<const uint4*>(from.data()), bytes / sizeof(uint4), sum.data());
                     }));
   return {2.0 * bytes / (copy * 1e-6), static_cast<double>(bytes) / (read * 1e-6)};
 }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "kernels/attention_sight.cuh"
+#include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
 namespace kv::blocks {
@@ -185,7 +186,7 @@ __global__ __launch_bounds__(column_threads, 4) void column_kernel(AttentionShap
                                                                    ColumnPlan plan) {
   using Layout = ColumnLayout<D>;
   constexpr int tile_rows = Layout::rows, N = tile_rows / 8;
-  extern __shared__ __align__(128) char shared[];
+  char* const shared = launch_memory();
   const Layout layout(plan);
   const WorkItem item = work_item(count, ranks);
   if (item.task >= count) return;

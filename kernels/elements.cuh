@@ -3,18 +3,19 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "kernels/row_memory.hpp"
 
 namespace kv {
 
-__device__ inline float widen(Dtype dtype, std::uint16_t word) {
-  return dtype == Dtype::bfloat16 ? __uint_as_float(static_cast<unsigned>(word) << 16)
+__host__ __device__ inline float widen(Dtype dtype, std::uint16_t word) {
+  return dtype == Dtype::bfloat16 ? std::bit_cast<float>(static_cast<unsigned>(word) << 16)
                                   : __half2float(__ushort_as_half(word));
 }
 
-__device__ inline float load_element(const void* data, Dtype dtype, long i) {
+__host__ __device__ inline float load_element(const void* data, Dtype dtype, long i) {
   return dtype == Dtype::float32 ? static_cast<const float*>(data)[i]
                                  : widen(dtype, static_cast<const std::uint16_t*>(data)[i]);
 }
@@ -51,13 +52,7 @@ struct DeviceRow {
   const void* data;
   int dim;
   Dtype elements;
-  __host__ __device__ float operator[](int c) const {
-#if defined(__CUDA_ARCH__)
-    return load_element(data, elements, c);
-#else
-    return static_cast<const float*>(data)[c];  // never: the hooks of this row type run on the device
-#endif
-  }
+  __host__ __device__ float operator[](int c) const { return load_element(data, elements, c); }
   __device__ bool in_eights() const { return kv::in_eights(elements, dim); }
   __device__ void load_eight(int c, float (&x)[8]) const { kv::load_eight(data, elements, c, x); }
   __host__ __device__ static DeviceRow at(const void* rows, Dtype elements, long index, int dim) {

@@ -3,6 +3,7 @@
 // as two words; float16 would need a scale for that, so those elements take the kernel without tensor cores.
 #pragma once
 #include "kernels/attention_sight.cuh"
+#include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
 namespace kv::blocks {
@@ -59,7 +60,7 @@ __global__ __launch_bounds__(gradient_threads) void gradient_tile_kernel(Attenti
   using Element = __nv_bfloat16;
   using Layout = GradientLayout<D>;
   constexpr int pairs = Layout::pairs, N = pairs / 8;
-  extern __shared__ __align__(128) char shared[];
+  char* const shared = launch_memory();
   const WorkItem work = work_item(count, ranks);
   if (work.task >= count) return;
   const KeyGradientTask& gradient = tasks[work.task];

@@ -1,8 +1,8 @@
 // A policy's hooks as device code: one thread block per KV head runs every hook once over a cache in device memory. It
 // shows that a policy file compiles for the GPU unchanged, and gives parity tests the hooks' results on equal inputs.
 #pragma once
-#include "kernels/buffer.hpp"
 #include "kernels/device_hooks.hpp"
+#include "kernels/launch.cuh"
 #include "kernels/team.cuh"
 #include "policies/policy.hpp"
 
@@ -125,9 +125,8 @@ HookOutputs run_hooks(const HookInputs& in) {
   for (const Field& field : fields_of(policy))
     for (const auto& [name, value] : in.parameters)
       if (field.name == name) field.set(value);
-  hook_kernel<P>
-      <<<1, 256>>>(policy, head, sight, DeviceOutputs{bias.data(), folds.data(), targets.data(), weights.data()});
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(hook_kernel<P>, 1, 256, 0, nullptr, policy, head, sight,
+         DeviceOutputs{bias.data(), folds.data(), targets.data(), weights.data()});
   KV_CUDA_TRY(cudaDeviceSynchronize());
   return {score.to_host(), bias.to_host(), folds.to_host(), targets.to_host(), weights.to_host()};
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
 namespace kv::blocks {
@@ -60,7 +61,7 @@ __device__ inline void named_arrive(int id, int threads) {
 
 /// Byte offset of a chunk (of 16) of a row in a tile whose halves are `half_bytes` apart.
 __device__ inline uint32_t half_offset(int row, int chunk, int half_bytes) {
-  return static_cast<uint32_t>(chunk / 8 * half_bytes + row * 128 + ((chunk % 8 ^ row & 7) << 4));
+  return static_cast<uint32_t>(chunk / 8 * half_bytes + row * 128 + (((chunk % 8) ^ (row & 7)) << 4));
 }
 
 /// A warpgroup starts copying 64 rows of its own; null rows are zeros.

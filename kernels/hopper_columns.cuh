@@ -91,7 +91,7 @@ __global__ __launch_bounds__(HopperColumns::threads, 1) void hopper_column_kerne
                                                                                   int ranks, int heads) {
 #ifdef KV_HOPPER
   using Layout = HopperColumns;
-  extern __shared__ __align__(1024) char unaligned[];
+  char* const unaligned = launch_memory();
   __shared__ uint64_t barriers[2 * Layout::stages];
   const WorkItem work = work_item(count, ranks);
   if (work.task >= count) return;

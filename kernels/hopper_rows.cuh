@@ -53,7 +53,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
 #ifdef KV_HOPPER
   using Layout = HopperRows<valued>;
   constexpr float shift = Words<Element>::shift;
-  extern __shared__ __align__(1024) char unaligned[];
+  char* const unaligned = launch_memory();
   __shared__ uint64_t barriers[2 * Layout::buffers];
 
   const WorkItem work = work_item(count, ranks);

@@ -25,8 +25,7 @@ __device__ void dot_outputs(float* products, int dim, RowE e, RowO o) {
 static __global__ __launch_bounds__(plain_threads, 2) void gradient_kernel(AttentionShape shape, LogitRule rule,
                                                                            const KeyGradientTask* tasks, int count,
                                                                            int ranks) {
-  extern __shared__ float4 plain_shared[];
-  float* const work_tile = reinterpret_cast<float*>(plain_shared);
+  float* const work_tile = reinterpret_cast<float*>(launch_memory());
   float *const slopes = work_tile + plain_tile_floats, *const sums = slopes + plain_tile_floats;
   const WorkItem work = work_item(count, ranks);
   if (work.task >= count) return;

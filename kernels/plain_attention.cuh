@@ -47,8 +47,7 @@ template <class Task>
 __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionShape shape, LogitRule rule,
                                                                      const Task* tasks, int count, int ranks) {
   constexpr bool lost = std::is_same_v<Task, LostMassTask>;
-  extern __shared__ float4 plain_shared[];
-  float* const work_tile = reinterpret_cast<float*>(plain_shared);
+  float* const work_tile = reinterpret_cast<float*>(launch_memory());
   float *const p_tile = work_tile + plain_tile_floats, *const o_tile = p_tile + plain_tile_floats;
 
   const WorkItem work = work_item(count, ranks);
@@ -157,8 +156,7 @@ template <class Weigh>
 __global__ __launch_bounds__(plain_threads, 2) void plain_column_kernel(AttentionShape shape, LogitRule rule,
                                                                         const AttentionTask* tasks, int count,
                                                                         int ranks) {
-  extern __shared__ float4 plain_shared[];
-  float* const work_tile = reinterpret_cast<float*>(plain_shared);
+  float* const work_tile = reinterpret_cast<float*>(launch_memory());
   const WorkItem work = work_item(count, ranks);
   if (work.task >= count) return;
   const AttentionTask task = tasks[work.task];

@@ -1,6 +1,7 @@
 // The two kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide
 // kernels attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
 #pragma once
+#include "kernels/launch.cuh"
 #include "kernels/steps.cuh"
 
 namespace kv {
@@ -16,7 +17,7 @@ __device__ void copy_words(T* to, const T* from) {
 /// play(fixed, policy, memory beyond a row's) for every unit of a launch; returns the slots that are then in the cache.
 template <class P, class Play>
 __device__ void play_units(const Launch& launch, const P* points, Play play) {
-  extern __shared__ __align__(256) char memory[];  // a ring's addresses turn by bits
+  char* const memory = launch_memory();  // a ring's addresses turn by bits
   __shared__ Fixed fixed;
   __shared__ __align__(16) unsigned char policy[sizeof(P)];
   const TraceData& trace = launch.trace;

@@ -53,25 +53,13 @@ class DeviceProgramOf final : public DeviceProgram {
 
   void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const override {
     const auto kernel = launch.stage == Stage::steps ? step_kernel<P> : stage_kernel<P>;
-    KV_CUDA_TRY(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-    const P* points = points_.data();
-    if (!launch.together) {
-      kernel<<<launch.unit_count, team_threads, shared_bytes, stream>>>(launch, points);
-      KV_CUDA_TRY(cudaGetLastError());
-      return;
-    }
-    int per_multiprocessor = 0, device = 0, multiprocessors = 0;
-    KV_CUDA_TRY(cudaGetDevice(&device));
-    KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    KV_CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, team_threads, shared_bytes));
-    const int resident = per_multiprocessor * multiprocessors / layer_heads * layer_heads;
+    const auto units = static_cast<unsigned>(launch.unit_count);
+    if (!launch.together) return kv::launch(kernel, units, team_threads, shared_bytes, stream, launch, points_.data());
+    const int resident = resident_blocks(kernel, team_threads, shared_bytes) / layer_heads * layer_heads;
     if (resident < layer_heads)
       throw CudaError("the heads of a layer do not fit on this GPU at once, as a policy that decides per layer needs");
-    void* arguments[] = {const_cast<Launch*>(&launch), &points};
-    KV_CUDA_TRY(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                            dim3(std::min(launch.unit_count, resident)), dim3(team_threads), arguments,
-                                            shared_bytes, stream));
+    launch_together(kernel, std::min(units, static_cast<unsigned>(resident)), team_threads, shared_bytes, stream,
+                    launch, points_.data());
   }
 
  private:

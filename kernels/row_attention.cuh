@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/attention_sight.cuh"
+#include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
 namespace kv::blocks {
@@ -229,7 +230,7 @@ __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, 
   constexpr float shift = Words<Element>::shift;
   using Layout = RowLayout<D>;
   constexpr int slots = Layout::slots, N = slots / 8;
-  extern __shared__ __align__(128) char shared[];
+  char* const shared = launch_memory();
 
   const WorkItem work = work_item(count, ranks);
   if (work.task >= count) return;

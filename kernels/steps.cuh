@@ -281,7 +281,7 @@ class Steps : StepRow<P> {
       int* arrivals = args_.meeting + p_.unit.first_head;
       __threadfence();
       atomicAdd(arrivals, 1);
-      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) continue;
+      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) wait_a_moment();
       __threadfence();
     }
     __syncthreads();

@@ -26,19 +26,6 @@ __device__ void load_rows(uint32_t tile, int rows, int dim, const void* any, Row
   }
 }
 
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline void load_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
 /// s += A B^T for 16 rows of tile `a` from `row` on and the first 8 N rows of tile `b`, over `dim` elements. Lane l holds
 /// in s[n] rows l/4 and l/4 + 8 (two each), columns 8n + 2(l%4) and the next.
 template <class Element, int D, int N>
@@ -46,13 +33,12 @@ __device__ void add_dots(float (&s)[N][4], uint32_t a, int row, uint32_t b, int 
   const int lane = static_cast<int>(threadIdx.x % 32), steps = (dim + 15) / 16;
 #pragma unroll 2
   for (int k = 0; k < steps; ++k) {
-    uint32_t left[4], right[4];
-    load_matrices(left, a + chunk_offset<D>(row + lane % 16, 2 * k + lane / 16));
+    const uint4 left = load_matrices(a + chunk_offset<D>(row + lane % 16, 2 * k + lane / 16));
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
-      load_matrices(right, b + chunk_offset<D>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
-      Words<Element>::mma(s[n], left, right[0], right[1]);
-      Words<Element>::mma(s[n + 1], left, right[2], right[3]);
+      const uint4 right = load_matrices(b + chunk_offset<D>(n * 8 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+      Words<Element>::mma(s[n], {left.x, left.y, left.z, left.w}, right.x, right.y);
+      Words<Element>::mma(s[n + 1], {left.x, left.y, left.z, left.w}, right.z, right.w);
     }
   }
 }
@@ -79,7 +65,7 @@ __device__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4], uint32_
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
-    [[maybe_unused]] uint32_t high[4], low[4], right[4];
+    [[maybe_unused]] uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float(&block)[4] = p[2 * k + i / 2];
@@ -91,12 +77,12 @@ __device__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4], uint32_
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
       if (n * 8 >= dim) continue;
-      load_transposed(right, v + chunk_offset<D>(k * 16 + lane % 16, n + lane / 16));
-      Words<Element>::mma(o[n], high, right[0], right[1]);
-      Words<Element>::mma(o[n + 1], high, right[2], right[3]);
+      const uint4 right = load_turned(v + chunk_offset<D>(k * 16 + lane % 16, n + lane / 16));
+      Words<Element>::mma(o[n], high, right.x, right.y);
+      Words<Element>::mma(o[n + 1], high, right.z, right.w);
       if constexpr (fast) continue;
-      Words<Element>::mma(o[n], low, right[0], right[1]);
-      Words<Element>::mma(o[n + 1], low, right[2], right[3]);
+      Words<Element>::mma(o[n], low, right.x, right.y);
+      Words<Element>::mma(o[n + 1], low, right.z, right.w);
     }
   }
 }

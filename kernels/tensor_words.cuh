@@ -1,22 +1,10 @@
-// 16-bit elements as tensor cores take them, asynchronous copies to shared memory, powers of 2: what attention kernels of
-// every kind are made of (sm_80 and later).
+// 16-bit elements as tensor cores take them.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "kernels/instructions.cuh"
 
 namespace kv {
 
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
-
-/// 2^x with the special function unit: relative error 2^-22, results below 2^-126 are 0.
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 /// A float in two 16-bit words: 16 (bfloat16) or 22 (float16) bits of it, relative error of the sum of both about 1e-5 or
 /// better. Probabilities are scaled by 2^shift first, so that what float16 cannot hold is below 2^-38 of the largest.
@@ -27,11 +15,7 @@ template <>
 struct Words<__nv_bfloat16> {
   static constexpr float shift = 0;
 
-  static __device__ uint32_t pack(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
+  static __device__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static __device__ float2 unpack(uint32_t packed) {
     return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u)};
   }
@@ -42,9 +26,7 @@ struct Words<__nv_bfloat16> {
     low = pack(x - __uint_as_float(x_bits & 0xffff0000u), y - __uint_as_float(y_bits & 0xffff0000u));
   }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    mma_bfloat16(d, a, b0, b1);
   }
 };
 
@@ -52,11 +34,7 @@ template <>
 struct Words<__half> {
   static constexpr float shift = 14;
 
-  static __device__ uint32_t pack(float low, float high) {
-    uint32_t packed;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-  }
+  static __device__ uint32_t pack(float low, float high) { return pack_half(low, high); }
   static __device__ float2 unpack(uint32_t packed) {
     return __half22float2(*reinterpret_cast<const __half2*>(&packed));
   }
@@ -67,57 +45,8 @@ struct Words<__half> {
     low = pack(x - back.x, y - back.y);
   }
   static __device__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    mma_half(d, a, b0, b1);
   }
 };
-
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-/// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
-__device__ inline uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
-  return x;
-}
-
-/// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ inline uint4 load_turned(uint32_t address) {
-  uint4 x;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address));
-  return x;
-}
-__device__ inline void store_shared(uint32_t address, uint4 x) {
-  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-               : "memory");
-}
-
-/// Starts copying 16 bytes to shared memory.
-__device__ inline void copy_16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-/// The same with a wish (stay_long, go_first) for how long the line stays in the second-level cache.
-__device__ inline void copy_16(uint32_t to, const void* from, uint64_t wish) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(wish)
-               : "memory");
-}
-/// What createpolicy.fractional.L2::evict_normal, ::evict_last and ::evict_first give for the whole of an access.
-constexpr uint64_t stay_as_usual = 0x1000000000000000, stay_long = 0x14F0000000000000, go_first = 0x12F0000000000000;
-/// The same; all zero unless `real`.
-__device__ inline void copy_16(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
-}
-__device__ inline void copy_4(uint32_t to, const void* from, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
-}
-__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits until at most `pending` of the thread's last groups of copies are under way.
-template <int pending>
-__device__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-}
 
 }  // namespace kv

@@ -1,7 +1,7 @@
 #include "kernels/unit_kernels.hpp"
 
-#include "kernels/buffer.hpp"
 #include "kernels/elements.cuh"
+#include "kernels/launch.cuh"
 
 namespace kv {
 namespace {
@@ -145,49 +145,41 @@ __global__ void gather_final_kernel(const Unit* units, const Progress* progress,
 }  // namespace
 
 void widen_words(const void* words, Dtype from, float* to, std::size_t count, cudaStream_t stream) {
-  widen_words_kernel<<<512, 256, 0, stream>>>(words, from, to, static_cast<long>(count));
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(widen_words_kernel, 512, 256, 0, stream, words, from, to, static_cast<long>(count));
 }
 
 void rotate_rows(const RowRotation& rotation, cudaStream_t stream) {
-  rotate_rows_kernel<<<2048, 256, 0, stream>>>(rotation);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(rotate_rows_kernel, 2048, 256, 0, stream, rotation);
 }
 
 void fill_gradient_tasks(const UnitSpan& s, const AttentionTask* looks, int first_token, bool absolute, bool recorded,
                          KeyGradientTask* tasks, cudaStream_t stream) {
-  fill_gradient_tasks_kernel<<<(s.count + 127) / 128, 128, 0, stream>>>(s.units, s.layers, s.trace, looks, s.count,
-                                                                        first_token, absolute, recorded, tasks);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(fill_gradient_tasks_kernel, (s.count + 127) / 128, 128, 0, stream, s.units, s.layers, s.trace, looks, s.count,
+         first_token, absolute, recorded, tasks);
 }
 
 void turn_gradients_back(const UnitSpan& s, cudaStream_t stream) {
-  turn_gradients_back_kernel<<<s.count, 256, 0, stream>>>(s.units, s.layers, s.progress, s.trace);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(turn_gradients_back_kernel, s.count, 256, 0, stream, s.units, s.layers, s.progress, s.trace);
 }
 
 void fill_lost_tasks(const UnitSpan& s, const int* measured, int rows, double* masses, LostMassTask* tasks,
                      cudaStream_t stream) {
-  fill_lost_tasks_kernel<<<(s.count + 63) / 64, 64, 0, stream>>>(s.units, s.progress, s.layers, s.trace, measured,
-                                                                 s.count, rows, masses, tasks);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(fill_lost_tasks_kernel, (s.count + 63) / 64, 64, 0, stream, s.units, s.progress, s.layers, s.trace, measured,
+         s.count, rows, masses, tasks);
 }
 
 void store_lost_masses(const UnitSpan& s, const double* masses, int rows, cudaStream_t stream) {
-  store_lost_masses_kernel<<<s.count, 128, 0, stream>>>(s.units, s.progress, masses, rows, s.trace.group);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(store_lost_masses_kernel, s.count, 128, 0, stream, s.units, s.progress, masses, rows, s.trace.group);
 }
 
 void squared_after_wo(const float* wo, const float* x, int hidden, int kv_heads, int rows, int group_width, double* out,
                       cudaStream_t stream) {
-  squared_after_wo_kernel<<<(rows + wo_rows - 1) / wo_rows, wo_warps * 32, 0, stream>>>(wo, x, hidden, kv_heads, rows,
-                                                                                        group_width, out);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(squared_after_wo_kernel, (rows + wo_rows - 1) / wo_rows, wo_warps * 32, 0, stream, wo, x, hidden, kv_heads,
+         rows, group_width, out);
 }
 
 void gather_final(const UnitSpan& s, const int* offsets, int* position, int* multiplicity, cudaStream_t stream) {
-  gather_final_kernel<<<s.count, 128, 0, stream>>>(s.units, s.progress, offsets, position, multiplicity);
-  KV_CUDA_TRY(cudaGetLastError());
+  launch(gather_final_kernel, s.count, 128, 0, stream, s.units, s.progress, offsets, position, multiplicity);
 }
 
 }  // namespace kv
