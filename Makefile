@@ -3,7 +3,7 @@
 # make kvslimmer, make weightedkv, make kvmerger   what three papers claim, tested on both traces: figures, table, comparison
 # make build  build/kvreplay alone;   make bench   timings;   make format   clang-format;   make clean
 # Each target installs what it lacks: Debian packages when root or with sudo, Python packages into .venv.
-.PHONY: demo kvslimmer weightedkv kvmerger test build tests bench format check-format cuda sanitize capture system clean FORCE
+.PHONY: demo kvslimmer weightedkv kvmerger test build tests bench format check-format cuda emulate sanitize capture system clean FORCE
 .DELETE_ON_ERROR:
 
 packages = cmake ninja-build g++ git python3 python3-venv libeigen3-dev libtbb-dev libhdf5-dev zlib1g-dev libyaml-cpp-dev libgtest-dev \
@@ -82,6 +82,13 @@ cuda: | system
 	cmake -S . -B build-cuda -G Ninja -DKV_CUDA=ON -DKV_CUDA_ARCHITECTURES=90 -DKV_TESTS=OFF -DKV_WERROR=ON $(cmake_flags)
 	ninja -C build-cuda kvreplay
 
+# The CUDA engine against the CPU's on a machine without a GPU: its kernels compiled for a GPU made of fibers.
+emulate: packages += libboost-context-dev
+emulate: | system
+	cmake -S . -B build-emulated -G Ninja -DKV_CUDA=EMULATED $(cmake_flags)
+	ninja -C build-emulated parity_tests
+	build-emulated/parity_tests --gtest_brief=1 --gtest_filter='Emulator.*:*BlockAttention*:DeviceLayer.*:*Hooks*:*AgreesOverACover*'
+
 # The readers of files that others write, under the address and undefined-behaviour sanitizers.
 sanitize: | system
 	cmake -S . -B build-sanitize -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKV_SANITIZE=address,undefined -DKV_NATIVE=OFF $(cmake_flags)
@@ -90,4 +97,4 @@ sanitize: | system
 	build-sanitize/unit_tests --gtest_brief=1
 
 clean:
-	rm -rf build build-cuda build-sanitize out
+	rm -rf build build-cuda build-emulated build-sanitize out

@@ -96,23 +96,6 @@ __device__ inline RowRange rows_that_see(const AttentionTask& task, int first, i
   return range;
 }
 
-/// The row tiles that stream past some slots, head by head.
-struct HeadTiles {
-  RowRange range;
-  int first_head, heads, tiles;  // tiles of one head
-  __device__ int count() const { return heads * tiles; }
-  __device__ int head(int i) const { return first_head + i / tiles; }
-  __device__ int row(int i, int tile) const { return range.begin + i % tiles * tile; }
-};
-
-/// For slots [first, first + count) of a task. For whole warps.
-__device__ inline HeadTiles head_tiles(const AttentionTask& task, int first, int count, int first_head, int heads,
-                                       int tile) {
-  RowRange range{0, 0};
-  if (task.rows > 0) range = rows_that_see(task, first, count);
-  return {range, first_head, heads, (range.end - range.begin + tile - 1) / tile};
-}
-
 /// Heads that a block of a column kernel does in turn: all of a group, so that it reads its keys once, unless that would
 /// leave multiprocessors without work.
 inline int heads_together(int blocks, int group, int multiprocessors) {

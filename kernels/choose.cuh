@@ -1,5 +1,7 @@
 // Which slots stay: core/select.cpp's rule by a thread block. Everything is by place (token order) until stays[slot].
 #pragma once
+#include <climits>
+
 #include "kernels/play.cuh"
 #include "policies/policy.hpp"
 
@@ -30,15 +32,24 @@ struct DeviceCandidates {
 /// barrier.
 __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bool links, int buffer) {
   const Unit& unit = fixed.unit;
-  BlockTeam{&fixed.team}.for_each(size, [&](int i) {
-    const int slot = unit.order[i], token = unit.token[slot];
-    const float score = checked_score(fixed, unit.score[slot], slot, token);
-    std::uint8_t safety = safety_of(unit.protect, now, score, token);
-    if (links && safety == safety_normal && i + 1 < size && now - unit.token[unit.order[i + 1]] < unit.protect.recent)
-      safety = safety_protected;
-    unit.safety_at[buffer][i] = safety;
-    unit.score_at[buffer][i] = safety == safety_normal ? score : 0;  // no longer compared: sums over heads stay finite
-  });
+  struct Candidate {
+    int slot, token, next_token;
+    float score;
+  };
+  BlockTeam{&fixed.team}.for_each_read(
+      size,
+      [&](int i) {
+        const int slot = unit.order[i];
+        return Candidate{slot, unit.token[slot], links && i + 1 < size ? unit.token[unit.order[i + 1]] : INT_MIN / 2,
+                         unit.score[slot]};
+      },
+      [&](int i, const Candidate& c) {
+        const float score = checked_score(fixed, c.score, c.slot, c.token);
+        std::uint8_t safety = safety_of(unit.protect, now, score, c.token);
+        if (safety == safety_normal && now - c.next_token < unit.protect.recent) safety = safety_protected;
+        unit.safety_at[buffer][i] = safety;
+        unit.score_at[buffer][i] = safety == safety_normal ? score : 0;  // sums over heads stay finite
+      });
   __syncthreads();
 }
 
@@ -138,11 +149,9 @@ __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, in
   const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
   team.number(
       n, [&](int i) { return takes(place(i)) && key(place(i)) == threshold.key; },
-      [&](int i, int before) {
+      [&](int i, bool equal, int before) {
         const int at = place(i);
-        if (!takes(at)) return;
-        const unsigned mine = key(at);
-        if (mine < threshold.key || (mine == threshold.key && before < threshold.equal)) goes[at] = 1;
+        if (equal ? before < threshold.equal : takes(at) && key(at) < threshold.key) goes[at] = 1;
       });
   __syncthreads();
 }
@@ -162,7 +171,7 @@ __device__ __noinline__ inline void select_slots(const Play& play, const DeviceC
   // The first sinks, leaving one slot for another; then the newest of what is protected.
   const int sinks = team.number(
       n, [&](int i) { return c.safety[i] == safety_sink; },
-      [&](int i, int before) { goes[i] = !(c.safety[i] == safety_sink && before < budget - 1); });
+      [&](int i, bool is_sink, int before) { goes[i] = !(is_sink && before < budget - 1); });
   __syncthreads();
   const int left = budget - min(sinks, budget - 1);
   const auto waits = [&](int i) { return c.safety[n - 1 - i] != safety_normal && goes[n - 1 - i] != 0; };
@@ -203,7 +212,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     if (scored)
       mark_lowest(team, c, links, k, true, takes, state);
     else
-      team.number(links, takes, [&](int i, int before) { state[i] = takes(i) && before < k; });
+      team.number(links, takes, [&](int i, bool taken, int before) { state[i] = taken && before < k; });
     __syncthreads();
     team.for_each(links, [&](int i) {
       if (state[i]) goes[i + 1] = 1;
@@ -253,8 +262,8 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   const auto picked = [&](int i) { return i < links && state[i] == in; };
   const int all = team.count(links, picked);
   if (!scored) {
-    team.number(links, picked, [&](int i, int before) {
-      if (picked(i) && before < left) goes[i + 1] = 1;
+    team.number(links, picked, [&](int i, bool is_picked, int before) {
+      if (is_picked && before < left) goes[i + 1] = 1;
     });
     __syncthreads();
     return;
@@ -273,7 +282,16 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
 /// From places to slots: stays[slot], and how many go. Gives a barrier.
 __device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
   const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
-  play.team.for_each(play.size, [&](int i) { play.unit.stays[play.unit.order[i]] = goes[i] == 0; });
+  struct Place {
+    int slot;
+    bool stays;
+  };
+  play.team.for_each_read(
+      play.size,
+      [&](int i) {
+        return Place{play.unit.order[i], goes[i] == 0};
+      },
+      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays; });
   __syncthreads();
   return gone;
 }

@@ -28,7 +28,7 @@ void column_sums(const AttentionShape& shape, const AttentionTask* tasks, const 
     return launch(plain_column_kernel<Weigh>, work_blocks(bounds.tasks, ranks), plain_threads, plain_tile_floats * 4,
                   stream, shape, rule, tasks, bounds.tasks, ranks);
   }
-  // A Hopper tile has 128 rows of a head: with few, most of it would be zeros.
+  // A Hopper tile has 128 rows of a head or 64 of two: with few, most of it would be zeros.
   if (shape.elements != Dtype::float32 && shape.key_dim == hopper_dim && !rule.capped && bounds.rows > 48 &&
       is_built(hopper_column_kernel<Weigh, __nv_bfloat16>)) {
     const int tiles = tiles_of(bounds.slots, HopperColumns::slots);

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <map>
 #include <set>
+#include <span>
 
 #include "kernels/batch.hpp"
 
@@ -54,21 +55,9 @@ class DeviceRun {
   void run() {
     make_groups();
     if (groups_.empty()) return finish_wave(0, true);
-    ask_for_layers();
-    const auto [at_once, ahead] = divide_layers();
-    LayerFeed feed(trace_, session_, outbox_, needs_, at_once, ahead);
-    const int layers = static_cast<int>(header_.layers.size());
-    for (int first = 0; first < layers; first += at_once) {
-      const int last = std::min(first + at_once, layers);
-      layers_.clear();  // before the next ones come, where they are not there yet
-      layers_ = feed.next();
-      if (outbox_.stopped()) return;
-      resident_ = layer_bytes_ * (layers_.size() + feed.under_way());
-      for (auto& [tokens, floor] : floors_)
-        for (std::size_t l = 0; l < layers_.size(); ++l)
-          layers_[l]->add_floor(trace_, first + static_cast<int>(l), *floor, streams_.front()->id);
-      for (Group& group : groups_) run_group(group, first, last == layers);
-      finish_wave(first, last == layers);
+    for (std::vector<Group> waiting = std::move(groups_); !waiting.empty() && !outbox_.stopped();) {
+      groups_ = take_together(waiting);
+      pass();
     }
   }
 
@@ -84,6 +73,26 @@ class DeviceRun {
   }
 
  private:
+  /// All layers by, for the groups that are present.
+  void pass() {
+    ask_for_layers();
+    const auto [at_once, ahead] = divide_layers();
+    LayerFeed feed(trace_, session_, outbox_, needs_, at_once, ahead);
+    const int layers = static_cast<int>(header_.layers.size());
+    for (int first = 0; first < layers; first += at_once) {
+      const int last = std::min(first + at_once, layers);
+      layers_.clear();  // before the next ones come, where they are not there yet
+      layers_ = feed.next();
+      if (outbox_.stopped()) return;
+      resident_ = layer_bytes_ * (layers_.size() + feed.under_way());
+      for (const std::vector<int>& tokens : needs_.floors_of)
+        for (std::size_t l = 0; l < layers_.size(); ++l)
+          layers_[l]->add_floor(trace_, first + static_cast<int>(l), *floors_.at(tokens), streams_.front()->id);
+      for (Group& group : groups_) run_group(group, first, last == layers);
+      finish_wave(first, last == layers);
+    }
+  }
+
   struct Underway {
     std::unique_ptr<Batch> batch;
     Group* group;
@@ -111,8 +120,7 @@ class DeviceRun {
       for (; !group.points.empty(); group.points.pop_back()) {  // the largest budget decides what they all take
         group.plan = BatchPlan(header_, device_points(group.points));
         group.unit_bytes = Batch::bytes_of_unit(trace_.data, group.plan, *program);
-        const std::size_t least =
-            trace_.bytes() + largest_layer(group.plan.settings.measured.size()) + point_bytes(group);
+        const std::size_t least = least_bytes({&group, 1});
         if (least <= allowed_) break;
         group.points.back()->error = over_device_memory(least, allowed_);
       }
@@ -120,8 +128,38 @@ class DeviceRun {
     std::erase_if(groups_, [](const Group& group) { return group.points.empty(); });
   }
 
-  /// What the points that fit want of every layer.
+  /// What a layer and one point at a time of these groups take.
+  std::size_t least_bytes(std::span<const Group> groups) const {
+    std::size_t largest = 0;
+    for (const Group& group : groups) largest = std::max(largest, point_bytes(group));
+    return trace_.bytes() + largest_layer(measured_by(groups)) + largest;
+  }
+
+  /// Queries of which a layer keeps full attention for these groups: each list of them once.
+  static std::size_t measured_by(std::span<const Group> groups) {
+    std::set<std::vector<int>> lists;
+    for (const Group& group : groups) lists.insert(group.plan.settings.measured);
+    std::size_t sum = 0;
+    for (const std::vector<int>& list : lists) sum += list.size();
+    return sum;
+  }
+
+  /// The first of the groups that wait, and those that fit beside it: what they measure of a layer is there together.
+  std::vector<Group> take_together(std::vector<Group>& waiting) const {
+    std::vector<Group> taken, others;
+    for (Group& group : waiting) {
+      taken.push_back(std::move(group));
+      if (taken.size() == 1 || least_bytes(taken) <= allowed_) continue;
+      others.push_back(std::move(taken.back()));
+      taken.pop_back();
+    }
+    waiting = std::move(others);
+    return taken;
+  }
+
+  /// What the points that are present want of every layer.
   void ask_for_layers() {
+    needs_ = {};
     const bool has_outputs = std::ranges::all_of(header_.layers, &LayerInfo::has_o);
     for (const Group& group : groups_) {
       const std::vector<int>& measured = group.plan.settings.measured;
@@ -153,15 +191,14 @@ class DeviceRun {
   /// largest group, at least one. Where no pass is timed, which wants all layers at once, and others fit too, these are on
   /// their way meanwhile; then no more replay than keep the device busy.
   std::pair<int, bool> divide_layers() {
-    std::size_t largest = 0, measured = 0, points = 0;
+    std::size_t largest = 0, points = 0;
     bool timed = false;
     for (const Group& group : groups_) {
       largest = std::max(largest, point_bytes(group));
-      measured += group.plan.settings.measured.size();
       points += group.points.size();
       for (const PointState* state : group.points) timed = timed || state->point.settings->timing_repeats > 0;
     }
-    layer_bytes_ = largest_layer(measured);
+    layer_bytes_ = largest_layer(measured_by(groups_));
     const bool ahead = !timed && memory_ >= 2 * layer_bytes_ + largest;
     std::size_t fit = memory_ / ((ahead ? 2 : 1) * layer_bytes_ + largest);
     if (ahead) {

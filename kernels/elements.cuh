@@ -75,4 +75,26 @@ __device__ inline void copy_row(void* rows, Dtype elements, int dim, long to, co
   }
 }
 
+/// Neighbouring bytes, by all threads.
+__device__ inline void copy_bytes(void* to, const void* from, long bytes) {
+  if (bytes % 16 == 0 && reinterpret_cast<std::size_t>(to) % 16 == 0 && reinterpret_cast<std::size_t>(from) % 16 == 0)
+    for (long i = threadIdx.x; i < bytes / 16; i += team_threads)
+      static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
+  else
+    for (long i = threadIdx.x; i < bytes / 2; i += team_threads)
+      static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
+}
+
+/// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads.
+__device__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
+  const auto move = [&]<class Word>(Word) {
+    const int words = row_bytes / static_cast<int>(sizeof(Word));
+    Word* const all = static_cast<Word*>(rows);
+    for (int i = static_cast<int>(threadIdx.x); i < count * words; i += team_threads)
+      all[static_cast<long>(to[i / words]) * words + i % words] =
+          all[static_cast<long>(from[i / words]) * words + i % words];
+  };
+  row_bytes % 16 == 0 ? move(uint4{}) : move(std::uint16_t{});
+}
+
 }  // namespace kv

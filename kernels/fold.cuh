@@ -184,10 +184,10 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
   int *kept_place = unit.work[1], *kept_slot = unit.work[2];  // by slot: its number among those that stay; and back
   const int kept = team.number(
       n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
-      [&](int i, int before) {
+      [&](int i, bool stays, int before) {
         const int slot = unit.order[i];
         kept_place[slot] = before;
-        if (unit.stays[slot]) kept_slot[before] = slot;
+        if (stays) kept_slot[before] = slot;
       });
   __syncthreads();
   int joined = 0;

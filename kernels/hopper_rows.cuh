@@ -53,7 +53,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
 #ifdef KV_HOPPER
   using Layout = HopperRows<valued>;
   constexpr float shift = Words<Element>::shift;
-  char* const unaligned = launch_memory();
+  char* const unaligned = launch_memory<swizzle_bytes>();
   __shared__ uint64_t barriers[2 * Layout::buffers];
 
   const WorkItem work = work_item(count, ranks);
@@ -160,7 +160,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
         await_products<0>();
         pin(s);
         weigh(i);
-        asm volatile("" : "+f"(running.sum[0]), "+f"(running.sum[1])::"memory");  // the work stays before the next wait
+        pin(running.sum);
       }
       if (mine == 0) named_wait(1, 256);
     }

@@ -6,10 +6,14 @@
 
 namespace kv {
 
-/// The shared memory that a launch gives each of its blocks, beside what kernels declare; at a multiple of 256 bytes.
-__device__ inline char* launch_memory() {
+/// The shared memory that a launch gives each of its blocks, beside what kernels declare; at a multiple of 256 bytes, or
+/// 1024.
+template <int alignment = 256>
+__device__ char* launch_memory() {
+  static_assert(alignment == 256 || alignment == 1024);
   extern __shared__ __align__(256) char memory[];
-  return memory;
+  extern __shared__ __align__(1024) char swizzled[];
+  return alignment == 256 ? memory : swizzled;
 }
 
 namespace detail {

@@ -34,8 +34,8 @@ __device__ __noinline__ void find_nearest(Player& player, Head& head) {
     else
       return true;
   };
-  const int receivers = team.number(n, receives, [&](int i, int before) {
-    if (receives(i)) receiving[before] = unit.order[i];
+  const int receivers = team.number(n, receives, [&](int i, bool is_receiver, int before) {
+    if (is_receiver) receiving[before] = unit.order[i];
   });
   __syncthreads();
   if (receivers == 0) return;

@@ -6,15 +6,6 @@
 
 namespace kv {
 
-__device__ inline void copy_bytes(void* to, const void* from, long bytes) {
-  if (bytes % 16 == 0 && reinterpret_cast<std::size_t>(to) % 16 == 0 && reinterpret_cast<std::size_t>(from) % 16 == 0)
-    for (long i = threadIdx.x; i < bytes / 16; i += team_threads)
-      static_cast<uint4*>(to)[i] = static_cast<const uint4*>(from)[i];
-  else
-    for (long i = threadIdx.x; i < bytes / 2; i += team_threads)
-      static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
-}
-
 /// What does not change while a unit is played, in shared memory: one copy for the thread block. Local memory is no place
 /// for it: the first-level cache has next to no room left beside the rings, so a spilt pointer is a trip to the second.
 struct Fixed {
@@ -297,8 +288,8 @@ struct Play {
     __syncthreads();
     team.number(
         newest + 1, [&](int t) { return slot_of[t] >= 0; },
-        [&](int t, int before) {
-          if (slot_of[t] >= 0) unit.order[before] = slot_of[t], unit.rank[slot_of[t]] = before;
+        [&](int t, bool there, int before) {
+          if (there) unit.order[before] = slot_of[t], unit.rank[slot_of[t]] = before;
         });
     __syncthreads();
   }
@@ -311,34 +302,33 @@ struct Play {
     int *place_of = unit.work[1], *hole = unit.work[2];
     const int kept = team.number(
         n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
-        [&](int i, int before) { place_of[unit.order[i]] = before; });
-    for (int s = static_cast<int>(threadIdx.x); s < n; s += team_threads) {
+        [&](int i, bool, int before) { place_of[unit.order[i]] = before; });
+    team.for_each(n, [&](int s) {
       const int token = unit.token[s];
       if (!unit.stays[s] && unit.parent[token] == token) unit.parent[token] = -2 - now;
-    }
+    });
     __syncthreads();
     team.number(
         kept, [&](int s) { return unit.stays[s] == 0; },
-        [&](int s, int before) {
-          if (!unit.stays[s]) hole[before] = s;
+        [&](int s, bool is_hole, int before) {
+          if (is_hole) hole[before] = s;
+        });
+    int* from = unit.work[3];  // the survivor that fills each hole
+    const int moves = team.number(
+        n - kept, [&](int i) { return unit.stays[kept + i] != 0; },
+        [&](int i, bool survives, int before) {
+          if (survives) from[before] = kept + i;
         });
     __syncthreads();
-    int* to = unit.work[3];  // by slot from `kept` on: the hole that a survivor fills
-    team.number(
-        n - kept, [&](int i) { return unit.stays[kept + i] != 0; },
-        [&](int i, int before) { to[kept + i] = unit.stays[kept + i] ? hole[before] : -1; });
-    __syncthreads();
-    for (int s = kept + static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
-      if (to[s] < 0) continue;
-      const int lane = static_cast<int>(threadIdx.x % 32);
-      copy_row(unit.keys, trace.elements, trace.key_dim, to[s], unit.keys, s, lane, 32);
-      copy_row(unit.values, trace.elements, trace.value_dim, to[s], unit.values, s, lane, 32);
-      if (lane != 0) continue;
-      unit.token[to[s]] = unit.token[s], unit.multiplicity[to[s]] = unit.multiplicity[s];
-      if (!absolute()) unit.rotated_at[to[s]] = -1;
-      place_of[to[s]] = place_of[s];
-      move(s, to[s]);
-    }
+    move_rows(unit.keys, trace.key_dim * bytes_of(trace.elements), moves, from, hole);
+    move_rows(unit.values, trace.value_dim * bytes_of(trace.elements), moves, from, hole);
+    team.for_each(moves, [&](int m) {
+      const int to = hole[m], s = from[m];
+      unit.token[to] = unit.token[s], unit.multiplicity[to] = unit.multiplicity[s];
+      if (!absolute()) unit.rotated_at[to] = -1;
+      place_of[to] = place_of[s];
+      move(s, to);
+    });
     __syncthreads();
     for (int s = static_cast<int>(threadIdx.x); s < kept; s += team_threads)
       unit.rank[s] = place_of[s], unit.order[place_of[s]] = s, unit.stays[s] = 1;

@@ -308,11 +308,11 @@ struct Player : Play {
       __syncthreads();
     }
     int* going = unit.work[0];  // victims in token order
-    const auto goes = [&](int i) { return unit.stays[unit.order[i]] == 0; };
-    const int gone = team.number(p.size, goes, [&](int i, int before) { unit.work[1][i] = before; });
-    team.for_each(p.size, [&](int i) {
-      if (goes(i)) going[unit.work[1][i]] = unit.order[i];
-    });
+    const int gone = team.number(
+        p.size, [&](int i) { return unit.stays[unit.order[i]] == 0; },
+        [&](int i, bool goes, int before) {
+          if (goes) going[before] = unit.order[i];
+        });
     __syncthreads();
     if (!detail::declares_on_merge<P> || !traits.merges) {
       if (threadIdx.x == 0) p.progress.evictions += gone;

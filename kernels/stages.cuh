@@ -73,8 +73,7 @@ class Stages {
     if (!idle) {
       task.bias = p_.biases(slots);
       if (!p_.absolute()) {
-        p_.rotate_keys(slots);
-        p_.rotate_queries(args_.rows, args_.row_count, slots);
+        turn_block(p_, args_.rows, args_.row_count, slots);
       }
       p_.team.for_each(args_.row_count,
                        [&](int r) { p_.unit.query_row[r] = p_.absolute() ? p_.layer.row_of_token[args_.rows[r]] : r; });
@@ -98,6 +97,80 @@ class Stages {
     task.older = among ? slots : slots - (args_.last - args_.first);
     task.window = p_.layer.window, task.newest_key = among ? min(args_.newest_key, 0x7ffffffe) : args_.newest_key;
     args_.tasks[blockIdx.x] = task;
+  }
+
+  /// What Play::turn does, for many rows: places of queries are looked for by all threads, and a warp rotates several rows at
+  /// once, so that it does not wait for the loads of each. Needs and gives a barrier.
+  static __device__ __noinline__ void turn_block(Play play, const int* tokens, int count, int n) {
+    const Unit& unit = play.unit;
+    const TraceData& trace = play.trace;
+    const LayerData& layer = play.layer;
+    int *key_place = unit.work[3], *query_place = unit.query_row;
+    play.find_places(n, key_place);
+    rotate_rows(play, n, [&](int s) {
+      if (unit.rotated_at[s] == key_place[s]) return Turn{};
+      return Turn{key_place[s], play.at(unit.keys, s, trace.key_dim),
+                  const_cast<char*>(play.at(unit.rotated, s, trace.key_dim))};
+    });
+    play.team.for_each(count, [&](int r) { query_place[r] = key_place[play.slot_of_query(tokens[r], n)]; });
+    __syncthreads();
+    play.team.for_each(n, [&](int s) { unit.rotated_at[s] = key_place[s]; });
+    rotate_rows(play, count * trace.group, [&](int i) {
+      const int r = i / trace.group, g = i % trace.group, from = layer.row_of_token[tokens[r]];
+      return Turn{query_place[r],
+                  play.at(layer.q, static_cast<long>(play.query_head(g)) * layer.query_rows + from, trace.key_dim),
+                  const_cast<char*>(play.at(unit.queries, static_cast<long>(g) * count + r, trace.key_dim))};
+    });
+    __syncthreads();
+  }
+  /// A row and the place that it is rotated to; none where `in` is null.
+  struct Turn {
+    int place;
+    const char* in;
+    char* out;
+  };
+  /// turn_of(i) of every i < n, dealt over the warps.
+  template <class TurnOf>
+  static __device__ void rotate_rows(const Play& play, int n, TurnOf turn_of) {
+    constexpr int at_once = 4;
+    for (int first = static_cast<int>(threadIdx.x / 32); first < n; first += at_once * team_warps) {
+      Turn turns[at_once];
+#pragma unroll
+      for (int t = 0; t < at_once; ++t)
+        turns[t] = first + t * team_warps < n ? turn_of(first + t * team_warps) : Turn{};
+      rotate(play, turns);
+    }
+  }
+  template <std::size_t at_once>
+  static __device__ void rotate(const Play& play, const Turn (&turns)[at_once]) {
+    const TraceData& trace = play.trace;
+    const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
+    const auto round = [&](float x) { return round_as(play.layer.rope_step, x); };
+    struct Pair {
+      float x, y, cos, sin;
+    };
+    for (int i = static_cast<int>(threadIdx.x % 32); i < trace.pairs; i += 32) {
+      Pair pair[at_once];
+#pragma unroll
+      for (std::size_t t = 0; t < at_once; ++t) {
+        if (turns[t].in == nullptr) continue;
+        const long angle = static_cast<long>(turns[t].place) * trace.pairs + i;
+        pair[t] = {load_element(turns[t].in, trace.elements, i * stride),
+                   load_element(turns[t].in, trace.elements, i * stride + second), play.layer.cos[angle],
+                   play.layer.sin[angle]};
+      }
+#pragma unroll
+      for (std::size_t t = 0; t < at_once; ++t) {
+        if (turns[t].in == nullptr) continue;
+        const auto [x, y, cos, sin] = pair[t];
+        store_element(turns[t].out, trace.elements, i * stride, round(round(x * cos) + round(-y * sin)));
+        store_element(turns[t].out, trace.elements, i * stride + second, round(round(y * cos) + round(x * sin)));
+      }
+    }
+    for (int c = 2 * trace.pairs + static_cast<int>(threadIdx.x % 32); c < trace.key_dim; c += 32)
+#pragma unroll
+      for (const Turn& turn : turns)
+        if (turn.in) store_element(turn.out, trace.elements, c, load_element(turn.in, trace.elements, c));
   }
 
   /// on_probe, of units whose compression the probe is for; every block's, if the policy asks for that.

@@ -31,6 +31,21 @@ struct BlockTeam {
   }
   __device__ void sync() const { __syncthreads(); }
 
+  /// f(i, read(i)) for every i < n. Four are read before the first is used: stores of one do not hold up loads of the next.
+  template <class Read, class F>
+  __device__ void for_each_read(int n, Read read, F f) const {
+    constexpr int ahead = 4;
+    for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
+      decltype(read(0)) mine[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < n) mine[k] = read(i);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < n) f(i, mine[k]);
+    }
+  }
+
   /// As HostTeam::sum, in the same order of additions.
   template <class F>
   __device__ float sum(int n, F f) const {
@@ -120,15 +135,24 @@ struct BlockTeam {
     return total;
   }
 
-  /// f(i, how many j < i have the property) for every i < n, in rounds; returns how many have it in all.
+  /// f(i, has(i), how many j < i have the property) for every i < n, in rounds of four neighbours a thread; returns how many
+  /// have it in all. What f(i) writes no other has(j) may read.
   template <class Has, class F>
   __device__ int number(int n, Has has, F f) const {
+    constexpr int each = 4;
     int so_far = 0;
-    for (int first = 0; first < n; first += team_threads) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      int before = 0;
-      const int total = scan(i < n && has(i), before);
-      if (i < n) f(i, so_far + before);
+    for (int first = 0; first < n; first += each * team_threads) {
+      const int mine = first + each * static_cast<int>(threadIdx.x);
+      bool has_it[each];
+      int sum = 0, before = 0;
+#pragma unroll
+      for (int k = 0; k < each; ++k) has_it[k] = mine + k < n && has(mine + k), sum += has_it[k];
+      const int total = scan(sum, before);
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        if (mine + k < n) f(mine + k, has_it[k], so_far + before);
+        before += has_it[k];
+      }
       so_far += total;
     }
     return so_far;
@@ -138,7 +162,8 @@ struct BlockTeam {
   template <class Has>
   __device__ int count(int n, Has has) const {
     int mine = 0, before;
-    for_each(n, [&](int i) { mine += has(i) ? 1 : 0; });
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) mine += has(i) ? 1 : 0;
     return scan(mine, before);
   }
 };

@@ -44,14 +44,18 @@ struct SnapKV : kv::Policy {
     return how == Reduce::mean ? sum / static_cast<float>(n) : best;
   }
   KV_HD float pooled(auto& head, int s, int start) const {
-    const auto vote = [&](int g, int k) {  // 0 beyond the prefix
+    const auto voter = [&](int k) {  // -1 beyond the prefix: a vote of 0
       const int t = head.neighbour(s, k - kernel / 2);
-      return t >= 0 && head.token(t) < start ? head.seen(t)[g] : 0.f;
+      return t >= 0 && head.token(t) < start ? t : -1;
     };
+    const auto vote = [&](int t, int g) { return t >= 0 ? head.seen(t)[g] : 0.f; };
     const int heads = head.info().group;
     if (order == Order::group_then_pool)
-      return reduce(pool, kernel, [&](int k) { return reduce(group, heads, [&](int g) { return vote(g, k); }); });
-    return reduce(group, heads, [&](int g) { return reduce(pool, kernel, [&](int k) { return vote(g, k); }); });
+      return reduce(pool, kernel, [&](int k) {
+        const int t = voter(k);
+        return reduce(group, heads, [&](int g) { return vote(t, g); });
+      });
+    return reduce(group, heads, [&](int g) { return reduce(pool, kernel, [&](int k) { return vote(voter(k), g); }); });
   }
 };
 KV_REGISTER(SnapKV);

@@ -21,12 +21,15 @@
 namespace kv::emulator {
 
 thread_local Thread* here = nullptr;
+thread_local char declared[16];  // what kernels declare as shared lies around here
 
 namespace {
 
 constexpr int lanes = 32;
 constexpr std::size_t stack_bytes = 64 << 10, shared_most = 227 << 10, shared_alignment = 1024;
 constexpr unsigned char unset = 0xff;  // a NaN, and -1
+constexpr std::uint32_t declared_address = 3u << 30;
+constexpr int most_passes = 1 << 24;  // in which nobody goes on
 
 /// What a block runs on: kept from launch to launch.
 struct Processor {
@@ -109,6 +112,11 @@ struct Block {
   std::vector<std::uint32_t> at_barrier;  // by warp
   int alive = 0, arrived = 0;
   bool any = false, any_before = false;  // brought to the present barrier and to the last
+  struct {
+    int arrived = 0;
+    unsigned passed = 0;
+  } named[16];
+  int passes = 0;
   std::exception_ptr error;
 
   Block(Launched& launched, Index at, Processor& on)
@@ -175,9 +183,9 @@ struct Block {
   std::string stuck() const {
     std::string all;
     for (std::size_t w = 0; w < warps.size(); ++w)
-      all += "warp " + std::to_string(w) + ": " + std::to_string(std::popcount(at_barrier[w])) + " lanes at a barrier, " +
-             std::to_string(std::popcount(warps[w].waiting)) + " at " + (warps[w].what ? warps[w].what : "nothing") +
-             ", " + std::to_string(lanes - warps[w].alive) + " gone; ";
+      all += "warp " + std::to_string(w) + ": " + std::to_string(std::popcount(at_barrier[w])) +
+             " lanes at a barrier, " + std::to_string(std::popcount(warps[w].waiting)) + " at " +
+             (warps[w].what ? warps[w].what : "nothing") + ", " + std::to_string(lanes - warps[w].alive) + " gone; ";
     return all;
   }
 };
@@ -231,12 +239,15 @@ char* launch_memory() { return here->block->processor.shared(); }
 
 std::uint32_t shared_address(const void* p) {
   const auto offset = static_cast<const char*>(p) - launch_memory();
-  if (offset < 0 || offset > static_cast<std::ptrdiff_t>(here->block->launch.shared_bytes))
-    throw std::logic_error("emulator: not an address in the launch's shared memory");
-  return static_cast<std::uint32_t>(offset);
+  if (offset >= 0 && offset <= static_cast<std::ptrdiff_t>(here->block->launch.shared_bytes))
+    return static_cast<std::uint32_t>(offset);
+  const auto apart = static_cast<const char*>(p) - declared;
+  if (apart < -(1 << 24) || apart > 1 << 24) throw std::logic_error("emulator: not an address in shared memory");
+  return declared_address + static_cast<std::uint32_t>(apart);
 }
 
 char* at_shared(std::uint32_t address, std::size_t bytes) {
+  if (address >= declared_address - (1u << 24)) return declared + static_cast<std::int32_t>(address - declared_address);
   if (address + bytes > here->block->launch.shared_bytes || address % bytes != 0)
     throw std::logic_error("emulator: " + std::to_string(bytes) + " bytes at " + std::to_string(address) + " of " +
                            std::to_string(here->block->launch.shared_bytes) + " of shared memory");
@@ -261,6 +272,43 @@ void await_copies(unsigned pending) {
     land(f.copies.front());
     f.copies.pop_front();
   }
+}
+
+/// Others go first.
+static void pass(Fiber& f) {
+  if (++f.block->passes > most_passes) throw std::logic_error("emulator: all wait for a barrier");
+  f.warp->ready |= 1u << f.lane;
+  leave(f);
+}
+
+/// The barrier's arrivals for a phase; those that are missing in the present one, and its parity.
+static std::uint32_t* words_of(std::uint32_t barrier) {
+  return reinterpret_cast<std::uint32_t*>(at_shared(barrier, 8));
+}
+void barrier_init(std::uint32_t barrier, int arrivals) {
+  std::uint32_t* words = words_of(barrier);
+  words[0] = static_cast<std::uint32_t>(arrivals), words[1] = words[0] << 1;
+}
+void barrier_arrive(std::uint32_t barrier) {
+  std::uint32_t* words = words_of(barrier);
+  here->block->passes = 0;
+  words[1] -= 2;
+  if (words[1] >> 1 == 0) words[1] = words[0] << 1 | (~words[1] & 1);
+}
+void barrier_wait(std::uint32_t barrier, int parity) {
+  while (static_cast<int>(words_of(barrier)[1] & 1) == parity) pass(self());
+}
+
+void named_arrive(int id, int threads) {
+  auto& barrier = here->block->named[id];
+  here->block->passes = 0;
+  if (++barrier.arrived == threads) barrier.arrived = 0, ++barrier.passed;
+}
+void named_wait(int id, int threads) {
+  const auto& barrier = here->block->named[id];
+  const unsigned passed = barrier.passed;
+  named_arrive(id, threads);
+  while (barrier.passed == passed) pass(self());
 }
 
 void wait_a_moment() {

@@ -32,7 +32,7 @@ const Index& grid_size();
 /// What each of a warp's 32 lanes brought to a meeting, and what the last one made of it; valid until the thread's next one.
 struct alignas(64) Meeting {
   unsigned char brought[32][32];
-  float product[16][8];
+  float product[16][128];
 
   template <class T>
   const T& of(int lane) const {
@@ -58,7 +58,15 @@ const Meeting& meet_warp(const char* what, const T& bring, void (*last)(Meeting&
 /// A barrier of the block; whether any thread brought true. Throws std::logic_error when a thread never comes.
 bool meet_block(bool bring);
 
-/// The block's shared memory, and addresses in it. Throws std::logic_error for what is not in there.
+/// Hopper's barriers in shared memory, and those that have a number: `threads` wait or only arrive.
+void barrier_init(std::uint32_t barrier, int arrivals);
+void barrier_arrive(std::uint32_t barrier);
+void barrier_wait(std::uint32_t barrier, int parity);
+void named_wait(int id, int threads);
+void named_arrive(int id, int threads);
+
+/// The block's shared memory, and addresses in it and in what kernels declare. Throws std::logic_error for what is not in
+/// there.
 char* launch_memory();
 std::uint32_t shared_address(const void* p);
 char* at_shared(std::uint32_t address, std::size_t bytes);
@@ -70,6 +78,9 @@ void await_copies(unsigned pending);
 
 /// For loops that wait for another block: throws when that one has failed.
 void wait_a_moment();
+
+/// The most bytes of device memory that were taken at once since the last call.
+std::size_t most_device_bytes();
 
 /// Runs `kernel` by every thread of a grid, `together`: with all blocks under way at once. Rethrows what a thread throws.
 void run(Index grid, int threads, std::size_t shared_bytes, bool together, const std::function<void()>& kernel);

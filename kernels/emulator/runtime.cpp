@@ -1,8 +1,10 @@
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #include "kernels/emulator/cuda_runtime.h"
 
@@ -14,7 +16,7 @@ constexpr int unset = 0xff, fence = 0xa7, multiprocessors = 4;
 struct Memory {
   std::mutex mutex;
   std::map<char*, std::size_t> taken;
-  std::size_t bytes = 0;
+  std::size_t bytes = 0, most = 0;
 };
 Memory& memory() {
   static Memory all;
@@ -28,6 +30,11 @@ bool is_whole(const char* at) {
 }
 
 }  // namespace
+
+std::size_t kv::emulator::most_device_bytes() {
+  const std::lock_guard lock(memory().mutex);
+  return std::exchange(memory().most, memory().bytes);
+}
 
 struct EmulatedEvent {
   std::chrono::steady_clock::time_point time;
@@ -71,10 +78,11 @@ cudaError_t cudaMalloc(void** to, std::size_t bytes) {
   Memory& all = memory();
   const std::lock_guard lock(all.mutex);
   if (all.bytes + bytes > device_bytes) return cudaErrorMemoryAllocation;
-  char* const at = static_cast<char*>(operator new(bytes + 2 * fence_bytes, std::align_val_t{fence_bytes}));
+  char* const at = static_cast<char*>(operator new (bytes + 2 * fence_bytes, std::align_val_t{fence_bytes}));
   std::memset(at, fence, fence_bytes), std::memset(at + fence_bytes + bytes, fence, fence_bytes);
   std::memset(at + fence_bytes, unset, bytes);
   all.taken.emplace(at + fence_bytes, bytes), all.bytes += bytes;
+  all.most = std::max(all.most, all.bytes);
   *to = at + fence_bytes;
   return cudaSuccess;
 }
@@ -87,7 +95,7 @@ cudaError_t cudaFree(void* freed) {
     std::fprintf(stderr, "emulator: something was written around an array of device memory, or it was freed twice\n");
     std::abort();
   }
-  operator delete(found->first - fence_bytes, std::align_val_t{fence_bytes});
+  operator delete (found->first - fence_bytes, std::align_val_t{fence_bytes});
   all.bytes -= found->second, all.taken.erase(found);
   return cudaSuccess;
 }

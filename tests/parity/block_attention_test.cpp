@@ -218,6 +218,8 @@ TEST(BlockAttentionTasks, OfDifferentSizesRunTogether) {
 
 TEST(BlockAttentionTasks, OfAWindowShareTheirQueriesOverManySlots) {
   if (no_device()) GTEST_SKIP() << "no CUDA device";
+  int multiprocessors = 0;
+  KV_CUDA_TRY(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0));
   for (int dim : {64, 72, 128, 256})
     for (int rows : {1, 20, 32, 64}) {
       ProblemShape shape{.key_dim = dim, .value_dim = dim, .group = 3, .rows = rows, .slots = 1000, .older = 900};
@@ -225,7 +227,7 @@ TEST(BlockAttentionTasks, OfAWindowShareTheirQueriesOverManySlots) {
       shape.slots = 700, shape.older = shape.slots - rows, shape.bias = true;
       Problem other(shape, 2);
       std::vector<Problem*> all;  // so many that blocks do several tiles of slots; equal tasks write equal bits
-      for (int i = 0; i < 700; ++i) all.push_back(i % 3 ? &older : &other);
+      for (int i = 0; i < 6 * multiprocessors; ++i) all.push_back(i % 3 ? &older : &other);
       older.spoil(), other.spoil();
       Launch(all).run();
       SCOPED_TRACE(fmt::format("{} rows, d {}", rows, dim));

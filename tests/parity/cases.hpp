@@ -18,6 +18,9 @@
 
 namespace kv::test {
 
+/// Whether the device is kernels/emulator: it takes the small ones of many cases.
+inline bool emulated() { return devices().front().name == "emulator"; }
+
 struct Case {
   std::string name;
   const PolicyEntry* entry = nullptr;

@@ -2,13 +2,18 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 #include "kernels/buffer.hpp"
 
 namespace kv {
 
-using emulator::launch_memory;
+template <int alignment = 256>
+char* launch_memory() {
+  return emulator::launch_memory();
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, std::size_t shared_bytes, cudaStream_t,
@@ -33,7 +38,8 @@ int resident_blocks(void (*)(Parameters...), int, std::size_t) {
 
 template <class... Parameters>
 bool is_built(void (*)(Parameters...)) {
-  return false;
+  static const char* const hopper = std::getenv("KV_EMULATOR_HOPPER");  // 0: what GPUs before Hopper run
+  return hopper == nullptr || std::string(hopper) != "0";
 }
 
 }  // namespace kv

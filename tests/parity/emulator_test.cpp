@@ -1,0 +1,122 @@
+// What kernels/emulator finds that a GPU may hide: kernels with one fault each, and how much memory the engine takes.
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels/emulator/kernels/instructions.cuh"
+#include "kernels/emulator/kernels/launch.cuh"
+#include "tests/parity/cases.hpp"
+#include "tests/parity/made_trace.hpp"
+
+namespace kv {
+namespace {
+
+/// What a launch throws, or "".
+template <class... Parameters, class... Arguments>
+std::string error_of(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
+                     const Arguments&... arguments) {
+  try {
+    launch(kernel, 1, threads, shared_bytes, nullptr, arguments...);
+  } catch (const std::logic_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+/// Every thread copies 16 bytes and reads its neighbour's.
+__global__ void copy_and_read(const uint4* from, unsigned* out, bool closes, bool waits, bool meets) {
+  char* const memory = launch_memory();
+  copy_16(shared_address(memory) + threadIdx.x * 16, from + threadIdx.x);
+  if (closes) close_copies();
+  if (waits) await_copies<0>();
+  if (meets) __syncthreads();
+  out[threadIdx.x] = reinterpret_cast<const uint4*>(memory)[(threadIdx.x + 1) % blockDim.x].x;
+}
+
+TEST(Emulator, LandsCopiesLateThatNobodyWaitsFor) {
+  constexpr unsigned threads = 256;
+  std::vector<uint4> numbers(threads);
+  for (unsigned i = 0; i < threads; ++i) numbers[i] = {i, i, i, i};
+  const Buffer<uint4> from(numbers);
+  const Buffer<unsigned> out(threads);
+  const auto wrong = [&](bool closes, bool waits, bool meets) {
+    launch(copy_and_read, 1, threads, threads * 16, nullptr, from.data(), out.data(), closes, waits, meets);
+    const std::vector<unsigned> got = out.to_host();
+    unsigned count = 0;
+    for (unsigned i = 0; i < threads; ++i) count += got[i] != (i + 1) % threads;
+    return count;
+  };
+  EXPECT_EQ(wrong(true, true, true), 0u);
+  EXPECT_GT(wrong(false, true, true), 0u) << "a group that was not closed is not waited for";
+  EXPECT_GT(wrong(true, false, true), 0u);
+  EXPECT_GT(wrong(true, true, false), 0u);
+}
+
+__global__ void half_come() {
+  if (threadIdx.x < 32 || threadIdx.x % 2 == 0) __syncthreads();
+  if (threadIdx.x >= 32) __syncwarp();
+}
+
+TEST(Emulator, SaysWhoWaitsForWhom) {
+  const std::string error = error_of(half_come, 64, 0);
+  EXPECT_NE(error.find("warp 0: 32 lanes at a barrier"), std::string::npos) << error;
+  EXPECT_NE(error.find("warp 1: 16 lanes at a barrier, 16 at __syncwarp"), std::string::npos) << error;
+}
+
+__global__ void write_beyond(int chunk) {
+  store_shared(shared_address(launch_memory()) + static_cast<unsigned>(chunk) * 16, {});
+}
+
+TEST(Emulator, KnowsTheEndOfSharedMemory) {
+  EXPECT_EQ(error_of(write_beyond, 32, 64, 3), "");
+  EXPECT_NE(error_of(write_beyond, 32, 64, 4), "");
+}
+
+__global__ void throws_in_one_thread() {
+  if (threadIdx.x == 17) throw std::logic_error("seventeen");
+  __syncthreads();
+}
+
+TEST(Emulator, HandsErrorsToWhoLaunched) { EXPECT_EQ(error_of(throws_in_one_thread, 64, 0), "seventeen"); }
+
+/// Points that measure other queries: a layer has full attention of every list when they run together.
+TEST(Emulator, SeesThatDeviceMemoryIsKeptTo) {
+  using namespace test;
+  MadeTrace trace(
+      "kept-to", {.kv_heads = 1, .group = 8, .head_dim = 16, .value_dim = 256, .tokens = 600, .prompt_tokens = 560}, 3);
+  const TraceHeader& header = trace.session().header();
+  std::vector<Case> cases;
+  for (const char* measure : {"last:595", "last:590", "last:585", "last:580", "last:575", "last:570"}) {
+    ReplaySettings settings;
+    settings.block = {128}, settings.compress = Compress::prompt;
+    settings.measured = parse_measure(measure, header.tokens, header.prompt_tokens);
+    cases.push_back(make_case(header, find_policy("streaming_llm"), {}, "64", settings, measure));
+  }
+  const auto peak = [&](const std::vector<Case>& some, std::size_t memory, std::vector<DeviceOutcome>& outcomes) {
+    emulator::most_device_bytes();
+    outcomes = replay_together(trace.session(), some, {memory});
+    return emulator::most_device_bytes();
+  };
+  std::vector<DeviceOutcome> together, apart;
+  const std::size_t roomy = peak(cases, std::size_t{1} << 30, together);
+  std::size_t most = 0;  // that one of them says it needs
+  for (const Case& c : cases) {
+    const std::string error = test::error_of(replay_together(trace.session(), {c}, {1})[0]);
+    const std::string before = "this point take ";
+    ASSERT_NE(error.find(before), std::string::npos) << error;
+    most =
+        std::max(most, static_cast<std::size_t>(std::stod(error.substr(error.find(before) + before.size())) * 1048576));
+  }
+  most += 1 << 20;
+  const std::size_t narrow = peak(cases, most, apart);
+  EXPECT_LE(narrow, most);
+  EXPECT_GT(roomy, most) << "they would not fit together";
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    EXPECT_EQ(test::error_of(apart[i]), "");
+    EXPECT_EQ(bit_difference(together[i].result, apart[i].result), "");
+  }
+}
+
+}  // namespace
+}  // namespace kv
