@@ -75,19 +75,22 @@ format: $(venv)
 check-format: $(venv)
 	.venv/bin/clang-format --dry-run --Werror $(sources)
 
-sources = $(shell git ls-files '*.cpp' '*.hpp' '*.cuh' '*.cu')
+sources = $(shell git ls-files '*.cpp' '*.hpp' '*.h' '*.cuh' '*.cu')
 
 # The program with its CUDA engine, for one architecture; needs nvcc, no GPU.
 cuda: | system
 	cmake -S . -B build-cuda -G Ninja -DKV_CUDA=ON -DKV_CUDA_ARCHITECTURES=90 -DKV_TESTS=OFF -DKV_WERROR=ON $(cmake_flags)
 	ninja -C build-cuda kvreplay
 
-# The CUDA engine against the CPU's on a machine without a GPU: its kernels compiled for a GPU made of fibers.
+# The CUDA engine against the CPU's and the golden tables on a machine without a GPU: its kernels compiled for one of fibers.
 emulate: packages += libboost-context-dev
-emulate: | system
+emulate: $(venv) | system
 	cmake -S . -B build-emulated -G Ninja -DKV_CUDA=EMULATED $(cmake_flags)
-	ninja -C build-emulated parity_tests
-	build-emulated/parity_tests --gtest_brief=1 --gtest_filter='Emulator.*:*BlockAttention*:DeviceLayer.*:*Hooks*:*AgreesOverACover*'
+	ninja -C build-emulated kvreplay parity_tests
+	build-emulated/parity_tests --gtest_brief=1 \
+	  --gtest_filter='Emulator.*:BlockAttentionTasks.*:*AgreesWithFloat64*:DeviceLayer.*:*Hooks*:*AgreesOverACover*'
+	$(python) -m pytest -q -n 2 -k cuda --kvreplay build-emulated/kvreplay \
+	  tests/python/test_engine_golden.py tests/python/test_engine_merge_golden.py tests/python/test_backend.py
 
 # The readers of files that others write, under the address and undefined-behaviour sanitizers.
 sanitize: | system

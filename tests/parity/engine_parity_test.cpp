@@ -106,7 +106,7 @@ Agreements compare_cover(const std::vector<const PolicyEntry*>& entries) {
   std::uint64_t seed = 0;
   for (const Row& row : cover()) {
     ++seed;
-    if (emulated() && row.tokens > 257) continue;
+    if (emulated() && row.tokens > 127) continue;
     MadeTrace trace(fmt::format("cover-{}", seed), row.shape(), seed);
     std::vector<Case> cases;
     for (const PolicyEntry* entry : entries) cases.push_back(case_of(trace.session().header(), *entry, row));
