@@ -39,9 +39,7 @@ struct KVSlimmer : kv::AdjacentLinks {
     team.sync();
     float* o = head.value_vector();  // sum alpha v
     team.for_each(head.info().value_dim, [&](int c) {
-      float sum = 0;
-      for (int i = 0; i < head.size(); ++i) sum += head.scratch(head.at(i)).alpha * value(head, head.at(i), c);
-      o[c] = sum;
+      o[c] = sum_in_order(head, [&](int s) { return head.scratch(s).alpha * value(head, s, c); });
     });
     team.sync();
     const float share = 1 / static_cast<float>(head.block());  // of this block, by its number

@@ -6,7 +6,6 @@
 #include <array>
 #include <atomic>
 #include <bit>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <exception>
@@ -66,10 +65,7 @@ Processors& processors() {
   return all;
 }
 
-unsigned seed() {
-  const char* given = std::getenv("KV_EMULATOR_SEED");
-  return given ? static_cast<unsigned>(std::strtoul(given, nullptr, 10)) : 1;
-}
+std::atomic<unsigned> drawn_by = 0;
 
 struct Launched {
   Index grid, threads;
@@ -120,7 +116,7 @@ struct Block {
   std::exception_ptr error;
 
   Block(Launched& launched, Index at, Processor& on)
-      : launch(launched), index(at), processor(on), draw(seed() + at.x * 7919u + at.y * 104729u) {
+      : launch(launched), index(at), processor(on), draw(1 + drawn_by + at.x * 7919u + at.y * 104729u) {
     const auto count = static_cast<std::size_t>(launch.threads.x);
     if (count % lanes != 0) throw std::logic_error("emulator: a block is whole warps");
     warps.resize(count / lanes), fibers.resize(count), at_barrier.resize(count / lanes);
@@ -315,6 +311,8 @@ void wait_a_moment() {
   if (here->block->launch.failed) throw std::runtime_error("emulator: another block failed");
   std::this_thread::yield();
 }
+
+void draw_by(unsigned seed) { drawn_by = seed; }
 
 void run(Index grid, int threads, std::size_t shared_bytes, bool together, const std::function<void()>& kernel) {
   if (shared_bytes > shared_most) throw std::logic_error("emulator: more shared memory than a block can have");

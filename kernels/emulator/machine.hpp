@@ -1,6 +1,6 @@
 // A GPU made of fibers: every CUDA thread is one, and goes on until it meets others (a barrier, a shuffle, a tensor product).
 // Who runs next is drawn at random, asynchronous copies land at once or at the last moment: what a kernel forgot to wait for
-// shows here sooner than on a real device. KV_EMULATOR_SEED draws otherwise.
+// shows here sooner than on a real device.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -78,6 +78,9 @@ void await_copies(unsigned pending);
 
 /// For loops that wait for another block: throws when that one has failed.
 void wait_a_moment();
+
+/// Other turns for the launches to come; 0 at first.
+void draw_by(unsigned seed);
 
 /// The most bytes of device memory that were taken at once since the last call.
 std::size_t most_device_bytes();

@@ -12,6 +12,12 @@
 namespace kv {
 namespace {
 
+/// --gtest_random_seed=N draws other turns in every test.
+class Turns : public testing::Environment {
+  void SetUp() override { emulator::draw_by(static_cast<unsigned>(GTEST_FLAG_GET(random_seed))); }
+};
+[[maybe_unused]] const auto* const turns = testing::AddGlobalTestEnvironment(new Turns);
+
 /// What a launch throws, or "".
 template <class... Parameters, class... Arguments>
 std::string error_of(void (*kernel)(Parameters...), int threads, std::size_t shared_bytes,
