@@ -88,7 +88,7 @@ emulate: $(venv) | system
 	cmake -S . -B build-emulated -G Ninja -DKV_CUDA=EMULATED $(cmake_flags)
 	ninja -C build-emulated kvreplay parity_tests
 	build-emulated/parity_tests --gtest_brief=1 \
-	  --gtest_filter='Emulator.*:BlockAttentionTasks.*:*AgreesWithFloat64*:DeviceLayer.*:*Hooks*:*AgreesOverACover*'
+	  --gtest_filter='Emulator.*:BlockAttentionTasks.*:*AgreesWithFloat64*:DeviceLayer.*:*HookParity*:*AgreesOverACover*'
 	$(python) -m pytest -q -n 2 -k cuda --kvreplay build-emulated/kvreplay \
 	  tests/python/test_engine_golden.py tests/python/test_engine_merge_golden.py tests/python/test_backend.py
 
