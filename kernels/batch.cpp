@@ -33,6 +33,16 @@ std::vector<int> tokens_between(int first, int last) {
   return tokens;
 }
 
+/// Launch::plain_width of the steps of a plan.
+int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPlan& plan) {
+  const bool plain = trace.elements == Dtype::bfloat16 &&
+                     streams(trace.elements, trace.key_dim, trace.value_dim, trace.group) && trace.softcap == 0 &&
+                     std::ranges::none_of(header.layers, [](const LayerInfo& layer) { return layer.window > 0; }) &&
+                     plan.settings.positions == Positions::absolute && !plan.settings.mass && !plan.traits.future_mass &&
+                     plan.traits.future_queries.horizon == 0;
+  return plain ? stream_width(trace.key_dim, trace.value_dim) : 0;
+}
+
 }  // namespace
 
 Launch Batch::stage(Stage what, const BlockRange& block) const {
@@ -214,7 +224,7 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const BlockRange& begin = plan_.blocks[first];
   Launch launch = stage(Stage::steps, begin);
   launch.last = begin.first + static_cast<int>(count);
-  launch.last_compresses = last_compresses;
+  launch.last_compresses = last_compresses, launch.plain_width = plain_width(trace_.data, header_, plan_);
   const bool compresses =
       plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
   launch.together = plan_.traits.scope == Scope::layer && trace_.data.kv_heads > 1 && compresses;

@@ -97,6 +97,14 @@ __device__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+/// Named barriers. `threads` counts those who wait and those who only arrive.
+__device__ inline void named_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /// In a loop that waits for another block.
 __device__ inline void wait_a_moment() {}
 

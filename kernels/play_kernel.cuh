@@ -59,11 +59,12 @@ __global__ void __launch_bounds__(team_threads, 2)
   });
 }
 
-template <class P>
+/// `width`: launch.plain_width.
+template <class P, int width>
 __global__ void __launch_bounds__(team_threads, 2) step_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char* memory) {
     const StepRecords<P> records(fixed, policy.traits(), memory, launch.record_bytes, launch.step_slots);
-    Steps<P> steps(launch, fixed, policy);
+    Steps<P, width> steps(launch, fixed, policy);
     steps.run();
     __syncthreads();
     records.give_back(steps.size());

@@ -4,23 +4,25 @@
 
 namespace kv {
 
-/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow.
+/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow. `streamed`: whether rows of
+/// this shape go over tensor cores.
 struct StepInputs {
   const Play& play;
+  bool streamed;
 
   __device__ const void* key(int token) const {
     const TraceData& t = play.trace;
-    if (!play.fixed.streamed) return key_in_memory(token);
+    if (!streamed) return key_in_memory(token);
     return play.row.key + token % input_buffers * stream_width(t.key_dim, t.value_dim);
   }
   __device__ const void* value(int token) const {
     const TraceData& t = play.trace;
-    if (!play.fixed.streamed) return value_in_memory(token);
+    if (!streamed) return value_in_memory(token);
     return play.row.value + token % input_buffers * stream_width(t.key_dim, t.value_dim);
   }
   /// Full attention's output of head g for the m-th measured query, a token's.
   __device__ const float* full_output(int token, int g, int m) const {
-    if (!play.fixed.streamed) return full_output_of(play.fixed, g, m);
+    if (!streamed) return full_output_of(play.fixed, g, m);
     return play.row.full + (token % input_buffers * play.trace.group + g) * play.trace.value_dim;
   }
 

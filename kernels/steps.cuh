@@ -10,12 +10,12 @@
 
 namespace kv {
 
-/// One unit through the tokens of a launch.
-template <class P>
-class Steps : StepRow<P> {
+/// One unit through the tokens of a launch; `width` as StepRow's.
+template <class P, int width>
+class Steps : StepRow<P, width> {
  public:
-  using StepRow<P>::size;
-  using StepRow<P>::StepRow;
+  using StepRow<P, width>::size;
+  using StepRow<P, width>::StepRow;
 
   /// Tokens [first, last) one by one.
   __device__ void run() {
@@ -33,13 +33,17 @@ class Steps : StepRow<P> {
   }
 
  private:
-  using Row = StepRow<P>;
+  using Row = StepRow<P, width>;
+  using Row::absolute;
   using Row::args_;
+  using Row::asks_for_mass;
   using Row::attend_again;
   using Row::begin;
   using Row::begin_step;
   using Row::bias_;
   using Row::bias_moved_;
+  using Row::future_mass;
+  using Row::fetch_next;
   using Row::inputs;
   using Row::links;
   using Row::look_around;
@@ -56,7 +60,6 @@ class Steps : StepRow<P> {
   using Row::prepares_;
   using Row::probes;
   using Row::row_of_;
-  using Row::serve;
   using Row::settle_measure;
   using Row::start_clock;
   using Row::stop_clock;
@@ -72,21 +75,23 @@ class Steps : StepRow<P> {
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
-      if (p_.traits().future_mass) settle_measure();
-      const bool looks = !own_look_ || !p_.absolute() || p_.traits().future_mass || probes(due) != look_probes_;
+      if (future_mass()) settle_measure();
+      const bool looks = !own_look_ || !absolute() || future_mass() || probes(due) != look_probes_;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks);
       own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
       look_probes_ = attends ? probes(due) : look_probes_;
       bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
     }
     stop_clock(TimedPhase::append);
-    if (attends)
+    if (attends) {
       pass(token, !prepares);
-    else if (!streams_now())
-      serve(token);
+    } else if (!streams_now()) {
+      measure_step();
+      fetch_next(token);
+    }
     stop_clock(TimedPhase::attend);
     measured_ = args_.timed ? -1 : m, measured_token_ = token;
-    if (m >= 0 && p_.settings.mass) {
+    if (m >= 0 && asks_for_mass()) {
       Steps copy = *this;
       measure_mass_too(copy, token, m, observes);
       follow(copy);

@@ -16,8 +16,9 @@
 namespace kv {
 
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
-/// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each.
-template <class Element, int width, bool probing>
+/// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
+/// neither bent, biased nor hidden.
+template <class Element, int width, bool probing, bool plain = false>
 class Stream {
  public:
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
@@ -33,9 +34,8 @@ class Stream {
         memory_(memory),
         tiles_((now.slots + stream_tile - 1) / stream_tile),
         whole_tiles_(look.key_dim == width && look.value_dim == width ? now.slots / stream_tile : 0),
-        simple_tiles_(look.softcap == 0 && look.bias == nullptr && !look.masked ? now.slots / stream_tile : 0),
+        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? now.slots / stream_tile : 0),
         kept_tiles_(look.kept_tiles),
-        others_(look.kept_tiles >= 0 ? go_first : stay_as_usual),
         scale_(look.scale),
         logits_(look.logits && row() < look.group
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
@@ -49,7 +49,7 @@ class Stream {
         copy_at_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks))) {}
 
   /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
-  /// row over the same cache. advance() must follow.
+  /// row over the same cache. store() and advance() must follow.
   __device__ __forceinline__ void run(Ring& ring, bool next) {
     if (!ring.running) {
       await_copies<0>();
@@ -83,7 +83,25 @@ class Stream {
       fetch<false>(after, at);
       if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
     }
-    store();
+  }
+
+  /// The warp's part of every head's output, unnormalised.
+  __device__ __forceinline__ void store() {
+    sum_ += __shfl_xor_sync(~0u, sum_, 1);
+    sum_ += __shfl_xor_sync(~0u, sum_, 2);
+    const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
+    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int head = 2 * column() + side;
+      if (head >= group) continue;
+      float* to = memory_.partial + (warp() * group + head) * pitch + row();
+#pragma unroll
+      for (int b = 0; b < value_blocks; ++b) {
+        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
+        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
+      }
+    }
   }
 
   /// Whether a row of so many tiles can start the next one's: every warp must have that many.
@@ -148,9 +166,16 @@ class Stream {
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
-      const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
+      const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+      };
+      if (tile < kept_tiles_)  // wishes are constants: variable ones cost two instructions a copy
+        copy(stay_long);
+      else if (kept_tiles_ >= 0)
+        copy(go_first);
+      else
+        copy(stay_as_usual);
     } else if (tile < tiles_) {
       const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
       const int dim = keys ? look_.key_dim : look_.value_dim, channel = static_cast<int>(lane() % row_chunks) * 8;
@@ -239,10 +264,10 @@ class Stream {
   /// units of log 2.
   __device__ float bent_logit(int at, float dot) const {
     const int slot = at + 2 * column();
-    const bool there = slot < now_.slots && !(look_.masked && look_.hidden(slot, now_.query_token));
-    const float logit = there ? detail::logit_of(look_, dot) : -INFINITY;
+    const bool there = slot < now_.slots && (plain || !(look_.masked && look_.hidden(slot, now_.query_token)));
+    const float logit = !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
     if (logits_ && slot < now_.slots) logits_[at] = logit;
-    return (look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
+    return (!plain && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
   /// Rows 0, 1 and 2 of the probe's product are its three parts.
@@ -275,32 +300,12 @@ class Stream {
     }
   }
 
-  /// The warp's part of every head's output, unnormalised.
-  __device__ __forceinline__ void store() {
-    sum_ += __shfl_xor_sync(~0u, sum_, 1);
-    sum_ += __shfl_xor_sync(~0u, sum_, 2);
-    const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
-    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int head = 2 * column() + side;
-      if (head >= group) continue;
-      float* to = memory_.partial + (warp() * group + head) * pitch + row();
-#pragma unroll
-      for (int b = 0; b < value_blocks; ++b) {
-        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
-        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
-      }
-    }
-  }
-
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
   const RowNow& now_;
   const StreamMemory& memory_;
   const int tiles_, whole_tiles_,
       simple_tiles_;       // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
-  const int kept_tiles_;   // that stay in the second-level cache
-  const uint64_t others_;  // the wish for the rest
+  const int kept_tiles_;   // that stay in the second-level cache; -1 = no wishes
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
@@ -346,6 +351,7 @@ __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& n
                                             Ring& ring, bool next) {
   Stream<Element, width, probing> stream(look, now, memory);
   stream.run(ring, next);
+  stream.store();
 }
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.

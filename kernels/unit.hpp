@@ -161,6 +161,7 @@ struct Launch {
   AttentionTask* tasks = nullptr;  // [units]
   int step_slots = 0;              // most slots of a unit during the steps
   int record_bytes = 0;            // of shared memory for StepRecords
+  int plain_width = 0;             // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
   bool timed = false;
 };
 

@@ -98,6 +98,9 @@ void await_copies() {
   emulator::await_copies(pending);
 }
 
+inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
+inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
+
 using emulator::wait_a_moment;
 
 }  // namespace kv
