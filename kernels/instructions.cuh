@@ -41,6 +41,14 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t 
 }
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+/// The same object in shared memory, by an address that stays in a register: the compiler would make it again, from the
+/// block's place in its cluster, wherever it is used.
+template <class T>
+__device__ T& by_kept_address(T& object) {
+  uint32_t address = shared_address(&object);
+  asm volatile("" : "+r"(address));
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
 
 /// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
 __device__ inline uint4 load_shared(uint32_t address) {

@@ -18,7 +18,8 @@ __device__ void copy_words(T* to, const T* from) {
 template <class P, class Play>
 __device__ void play_units(const Launch& launch, const P* points, Play play) {
   char* const memory = launch_memory();  // a ring's addresses turn by bits
-  __shared__ Fixed fixed;
+  __shared__ Fixed fixed_memory;
+  Fixed& fixed = by_kept_address(fixed_memory);
   __shared__ __align__(16) unsigned char policy[sizeof(P)];
   const TraceData& trace = launch.trace;
   const bool streamed = streams(trace.elements, trace.key_dim, trace.value_dim, trace.group);

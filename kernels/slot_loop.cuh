@@ -50,6 +50,7 @@ struct SlotLoop {
   Slot* const state;
   const float *const logits, *const bias, *const probe;
   const float* const log_sum;  // of the heads of the latest row, where they fit
+  float first_log_sums[4];     // the first of them
 
   __device__ SlotLoop(const Fixed& f, int now_)
       : info(f.unit.info),
@@ -62,7 +63,10 @@ struct SlotLoop {
         logits(f.logits),
         bias(f.unit.bias),
         probe(f.unit.probe),
-        log_sum(f.row.own_log_sum()) {}
+        log_sum(f.row.own_log_sum()) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) first_log_sums[g] = g < info.group ? log_sum[g] : 0.f;
+  }
 
   __device__ SlotView<Slot> view(int s, int slot_token, float key_probe = 0) const {
     return {state[s], info, slot_token, now, multiplicity[s], key_probe};
@@ -108,7 +112,7 @@ struct SlotLoop {
 #pragma unroll
         for (int g = g0; g < g0 + 4; ++g) {
           const float logit = g0 == 0 ? mine.logit[g % 4] : g < info.group ? logits[g * logit_stride + s] : -INFINITY;
-          const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
+          const float p = exp2_fast((logit + b - (g0 == 0 ? first_log_sums[g % 4] : log_sum[g])) * log2_e);
           if constexpr (detail::declares_weigh<P>)
             sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
           else

@@ -85,11 +85,8 @@ struct BlockTeam {
 
   /// The smallest of every member's key.
   __device__ unsigned long long min_key(unsigned long long key) const {
-    const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
-    const unsigned least_high = __reduce_min_sync(~0u, high);
-    const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
-    if (threadIdx.x % 32 == 0)
-      memory->best[threadIdx.x / 32] = static_cast<unsigned long long>(least_high) << 32 | least_low;
+    const unsigned long long of_warp = least_of_warp(key);
+    if (threadIdx.x % 32 == 0) memory->best[threadIdx.x / 32] = of_warp;
     __syncthreads();
     unsigned long long best = memory->best[0];
     for (int w = 1; w < team_warps; ++w) best = memory->best[w] < best ? memory->best[w] : best;
@@ -100,21 +97,23 @@ struct BlockTeam {
   /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
   /// call to call, so that one barrier is enough: it is given.
   __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const unsigned long long of_warp = least_of_warp(key);
+    if (lane == first_with(key == of_warp)) memory->least[turn][warp] = of_warp, memory->least_slot[turn][warp] = slot;
+    __syncthreads();
+    const unsigned long long theirs = lane < team_warps ? memory->least[turn][lane] : ~0ull;
+    return memory->least_slot[turn][first_with(theirs == least_of_warp(theirs))];
+  }
+
+  /// The smallest of a warp's keys.
+  __device__ static unsigned long long least_of_warp(unsigned long long key) {
     const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
     const unsigned least_high = __reduce_min_sync(~0u, high);
     const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
-    const unsigned long long of_warp = static_cast<unsigned long long>(least_high) << 32 | least_low;
-    const unsigned who = __ballot_sync(~0u, key == of_warp);
-    if (static_cast<int>(threadIdx.x % 32) == __ffs(static_cast<int>(who)) - 1)
-      memory->least[turn][threadIdx.x / 32] = of_warp, memory->least_slot[turn][threadIdx.x / 32] = slot;
-    __syncthreads();
-    unsigned long long best = ~0ull;
-    int found = -1;
-#pragma unroll
-    for (int w = 0; w < team_warps; ++w)
-      if (memory->least[turn][w] < best) best = memory->least[turn][w], found = memory->least_slot[turn][w];
-    return found;
+    return static_cast<unsigned long long>(least_high) << 32 | least_low;
   }
+  /// The first lane of a warp for which something is true; of one at least it is.
+  __device__ static int first_with(bool mine) { return __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1; }
 
   /// How many members' x add up to, and in `before` those of lower threads.
   __device__ int scan(int x, int& before) const {

@@ -98,6 +98,10 @@ void await_copies() {
   emulator::await_copies(pending);
 }
 
+template <class T>
+T& by_kept_address(T& object) {
+  return object;
+}
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
