@@ -54,25 +54,31 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
 }
 
 /// f(slot, score) for every slot that no head of the layer holds safe: unit.score_at of one buffer, NaN where safe, added up
-/// over the heads in order. Four neighbouring slots a thread.
+/// over the heads in order. Twice four neighbouring slots a thread, whose loads go out together.
 template <class F>
 __device__ void each_sum_over_heads(const Fixed& fixed, int buffer, int size, F f) {
   // Units have one layout, one behind the other.
   const Unit* mates = fixed.units + fixed.unit.first_head;
   const float* first = mates[0].score_at[buffer];
   const long apart = fixed.unit.layer_heads > 1 ? mates[1].score_at[buffer] - first : 0;
-  for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += 4 * team_threads) {
-    float sum[4] = {};
+  constexpr int groups = 2, step = 4 * team_threads;
+  for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += groups * step) {
+    float sum[groups][4] = {};
 #pragma unroll 8
-    for (int h = 0; h < fixed.unit.layer_heads; ++h) {
-      const float4 theirs = __ldcg(reinterpret_cast<const float4*>(first + h * apart + s));
-      const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
+    for (int h = 0; h < fixed.unit.layer_heads; ++h)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = h == 0 ? each[i] : sum[i] + each[i];
-    }
+      for (int k = 0; k < groups; ++k) {
+        if (s + k * step >= size) continue;
+        const float4 theirs = __ldcg(reinterpret_cast<const float4*>(first + h * apart + s + k * step));
+        const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (s + i < size && !isnan(sum[i])) f(s + i, sum[i]);
+        for (int i = 0; i < 4; ++i) sum[k][i] = h == 0 ? each[i] : sum[k][i] + each[i];
+      }
+#pragma unroll
+    for (int k = 0; k < groups; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (s + k * step + i < size && !isnan(sum[k][i])) f(s + k * step + i, sum[k][i]);
   }
 }
 

@@ -169,10 +169,10 @@ struct Player : Play {
     });
   }
 
-  /// The same in the place of the logits, for a thread's own slots.
-  __device__ void weigh_row_in_place(bool window) const {
+  /// A window's, in the place of the logits, for a thread's own slots.
+  __device__ void weigh_row_in_place() const {
     team.for_each(size, [&](int s) {
-      for (int g = 0; g < trace.group; ++g) fixed.logits[g * fixed.logit_stride + s] = weighed(s, g, window, 0);
+      for (int g = 0; g < trace.group; ++g) fixed.logits[g * fixed.logit_stride + s] = weighed(s, g, true, 0);
     });
   }
 

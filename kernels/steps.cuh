@@ -238,7 +238,10 @@ class Steps : StepRow<P, width> {
       observes = false;
     }
     if (window) {
-      p_.weigh_row_in_place(true);
+      if (slots.info.group <= stream_heads)
+        slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.weigh_in_place(s, mine); });
+      else
+        p_.weigh_row_in_place();
       head.sight_.seen = {p_.fixed.logits, 1, p_.trace.group, p_.fixed.logit_stride};
       row_of_ = -1;
       __syncthreads();  // score_in may read what its neighbours saw
@@ -284,10 +287,8 @@ class Steps : StepRow<P, width> {
     ++meetings_;
     if (threadIdx.x == 0) {
       int* arrivals = args_.meeting + p_.unit.first_head;
-      __threadfence();
-      atomicAdd(arrivals, 1);
-      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) wait_a_moment();
-      __threadfence();
+      add_release(arrivals, 1);
+      while (load_acquire(arrivals) < meetings_ * p_.unit.layer_heads) wait_a_moment();
     }
     __syncthreads();
   }

@@ -105,6 +105,8 @@ T& by_kept_address(T& object) {
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
+inline void add_release(int* to, int x) { *to += x; }
+inline int load_acquire(const int* from) { return *from; }
 using emulator::wait_a_moment;
 
 }  // namespace kv
