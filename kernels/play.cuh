@@ -238,9 +238,9 @@ struct Play {
   __device__ void patch(int slot, const void* key, const void* value) const {
     if (!fixed.streamed) return;
     if (stream_width(trace.key_dim, trace.value_dim) > 64)
-      Stream<__nv_bfloat16, 128, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+      Stream<__nv_bfloat16, 128, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
     else
-      Stream<__nv_bfloat16, 64, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+      Stream<__nv_bfloat16, 64, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
   }
   /// Whether this warp streams a slot.
   __device__ static bool streams_slot(int slot) {

@@ -73,12 +73,10 @@ class StepRow : protected Stages<P> {
     Player<P>& p = s.p_;
     p.size = size;
     s.begin_step(token, block);
-    const bool half = !plain && p.trace.elements == Dtype::float16;
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
       if (attends && s.streamed() && s.probes(due))
-        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe)
-             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe);
+        s.place_probe(token);
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);
@@ -90,6 +88,19 @@ class StepRow : protected Stages<P> {
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
     stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
     __syncthreads();
+  }
+
+  /// The policy's vector to where the stream of a token's row finds it; by one warp.
+  __device__ void place_probe(int token) const {
+    const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
+    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
+    if constexpr (plain)
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
+                                 Probing::among_queries);
+    else if (p_.trace.elements == Dtype::float16)
+      split_probe<__half>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+    else
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
   }
 
   /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
@@ -119,15 +130,19 @@ class StepRow : protected Stages<P> {
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
       stream(now, next);
     } else {
+      if constexpr (plain) {
+        make_outputs();
+        named_arrive(parts_are_free, team_threads);
+      }
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row);
       serve(token);
     }
     p_.stale = -1;
     if (plain ? width > 64 : stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64)
-      Stream<__nv_bfloat16, 128, false>::advance(p_.ring, last, next);
+      Stream<__nv_bfloat16, 128, Probing::none>::advance(p_.ring, last, next);
     else
-      Stream<__nv_bfloat16, 64, false>::advance(p_.ring, last, next);
+      Stream<__nv_bfloat16, 64, Probing::none>::advance(p_.ring, last, next);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row);
@@ -141,15 +156,15 @@ class StepRow : protected Stages<P> {
     const StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
-        Stream<__nv_bfloat16, width, probing, true> stream(look, now, memory);
+        Stream<__nv_bfloat16, width, probing.value, true> stream(look, now, memory, args_.settings.kept_tiles);
         stream.run(p_.ring, next);
         named_wait(parts_are_free, team_threads);
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
-        run(std::true_type{});
+        run(std::integral_constant<Probing, Probing::among_queries>{});
       else
-        run(std::false_type{});
+        run(std::integral_constant<Probing, Probing::none>{});
     } else {
       Ring ring = p_.ring;
       const RowNow copy = now;
@@ -158,13 +173,9 @@ class StepRow : protected Stages<P> {
     }
   }
 
-  /// What the warps that do not stream do for the steps before and after while the others do.
+  /// What the warps that do not stream do for the steps before and after, if they have made the outputs.
   __device__ void serve(int token) {
-    measure_step();
-    if constexpr (plain) named_arrive(parts_are_free, team_threads);
-    fetch_next(token);
-  }
-  __device__ void fetch_next(int token) {
+    measure_outputs();
     if (token + 1 < args_.last) fetch(token + 1);
     await_copies<0>();
   }
@@ -174,16 +185,31 @@ class StepRow : protected Stages<P> {
     if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
   }
 
-  /// Compares the outputs of the last row that was measured, which is a step back or the present one. Needs a barrier before.
-  __device__ void measure_step() {
+  /// f(head) of the last row that was measured, which is a step back or the present one, heads dealt over the warps that do
+  /// not stream.
+  template <class F>
+  __device__ void each_measured_head(F f) {
     if (measured_ < 0 || streams_now()) return;
     const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
-    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) {
-      if constexpr (plain)
-        attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row);
+    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) f(g);
+  }
+  /// A plain row's outputs, from the parts that it left: before another leaves its own. Needs a barrier before.
+  __device__ void make_outputs() {
+    if constexpr (plain)
+      each_measured_head(
+          [&](int g) { attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row); });
+  }
+  /// Compares outputs, which are the warp's own or had a barrier since.
+  __device__ void measure_outputs() {
+    each_measured_head([&](int g) {
       measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
                    inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
-    }
+    });
+  }
+  /// Both. Needs a barrier before.
+  __device__ void measure_step() {
+    make_outputs();
+    measure_outputs();
   }
 
   /// measure_step() now, before something else attends. Gives a barrier when it has to.

@@ -43,12 +43,12 @@ class Steps : StepRow<P, width> {
   using Row::bias_;
   using Row::bias_moved_;
   using Row::future_mass;
-  using Row::fetch_next;
   using Row::inputs;
   using Row::links;
   using Row::look_around;
   using Row::look_probes_;
   using Row::mass;
+  using Row::make_outputs;
   using Row::measure_step;
   using Row::measured_;
   using Row::measured_token_;
@@ -60,6 +60,7 @@ class Steps : StepRow<P, width> {
   using Row::prepares_;
   using Row::probes;
   using Row::row_of_;
+  using Row::serve;
   using Row::settle_measure;
   using Row::start_clock;
   using Row::stop_clock;
@@ -86,8 +87,8 @@ class Steps : StepRow<P, width> {
     if (attends) {
       pass(token, !prepares);
     } else if (!streams_now()) {
-      measure_step();
-      fetch_next(token);
+      make_outputs();
+      serve(token);
     }
     stop_clock(TimedPhase::attend);
     measured_ = args_.timed ? -1 : m, measured_token_ = token;

@@ -6,7 +6,7 @@
 //
 // Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot product
 // is free: each lane takes 8 neighbouring channels of a row as one load. A policy's probe vector goes along as three more
-// rows (24 bits of it). Probabilities enter the second product as two 16-bit words.
+// rows. Probabilities enter the second product as two 16-bit words.
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/stream_look.cuh"
@@ -18,7 +18,7 @@ namespace kv {
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
 /// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
 /// neither bent, biased nor hidden.
-template <class Element, int width, bool probing, bool plain = false>
+template <class Element, int width, Probing probing, bool plain = false>
 class Stream {
  public:
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
@@ -28,14 +28,16 @@ class Stream {
   static constexpr unsigned stage_bytes = tile_bytes + copies * value_step;
   static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
-  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory)
+  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same.
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory, int kept_tiles)
       : look_(look),
         now_(now),
         memory_(memory),
-        tiles_((now.slots + stream_tile - 1) / stream_tile),
-        whole_tiles_(look.key_dim == width && look.value_dim == width ? now.slots / stream_tile : 0),
-        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? now.slots / stream_tile : 0),
-        kept_tiles_(look.kept_tiles),
+        tiles_(tiles_of(now.slots + stream_tile - 1)),
+        whole_tiles_(look.key_dim == width && look.value_dim == width ? tiles_of(now.slots) : 0),
+        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
+        kept_tiles_(kept_tiles),
+        others_(kept_tiles >= 0 ? go_first : stay_as_usual),
         scale_(look.scale),
         logits_(look.logits && row() < look.group
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
@@ -135,6 +137,8 @@ class Stream {
   }
 
  private:
+  /// Whole tiles; one instruction, made again in every loop.
+  __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
   __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
@@ -166,16 +170,17 @@ class Stream {
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
-      const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
+      // Wishes are the same in all threads: others would cost two instructions a copy. So would both in one: the loop keeps
+      // the compiler from that.
+      if (tile < kept_tiles_) {
+#pragma unroll 1
+        for (int i = 0; i < copies; i += 2)
 #pragma unroll
-        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
-      };
-      if (tile < kept_tiles_)  // wishes are constants: variable ones cost two instructions a copy
-        copy(stay_long);
-      else if (kept_tiles_ >= 0)
-        copy(go_first);
-      else
-        copy(stay_as_usual);
+          for (int k = i; k < i + 2; ++k) copy_16(to + static_cast<unsigned>(k) * step, from + k * 512, stay_long);
+      } else {
+#pragma unroll
+        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, others_);
+      }
     } else if (tile < tiles_) {
       const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
       const int dim = keys ? look_.key_dim : look_.value_dim, channel = static_cast<int>(lane() % row_chunks) * 8;
@@ -195,9 +200,10 @@ class Stream {
   /// parts of the policy's vector in the rows of heads.
   __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const unsigned probe_at = probing ? shared_address(memory_.probe) +
-                                            static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
-                                      : 0;
+    const unsigned probe_at = probing == Probing::apart
+                                  ? shared_address(memory_.probe) +
+                                        static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
+                                  : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
       const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
@@ -208,7 +214,7 @@ class Stream {
         const uint4 key = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
         Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
         Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
-        if constexpr (probing) {
+        if constexpr (probing == Probing::apart) {
           const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
           Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
           Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
@@ -220,8 +226,9 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         dots[t][i] = first[t][i] + second[t][2 + i];
-        if constexpr (probing)
-          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i, probe_first[t][i] + probe_second[t][2 + i]);
+        const int slot = tile * stream_tile + t * 8 + 2 * column() + i;
+        if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[t][i], look_.group);
+        if constexpr (probing == Probing::apart) keep_probe(slot, probe_first[t][i] + probe_second[t][2 + i], 0);
       }
   }
 
@@ -270,10 +277,10 @@ class Stream {
     return (!plain && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
-  /// Rows 0, 1 and 2 of the probe's product are its three parts.
-  __device__ void keep_probe(int slot, float dot) const {
+  /// Rows `first`, first + 1 and first + 2 of the product are the probe's three parts.
+  __device__ void keep_probe(int slot, float dot, int first) const {
     const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
-    if (row() == 0 && slot < now_.slots) look_.probe[slot] = dot + (second + third);
+    if (row() == first && slot < now_.slots) look_.probe[slot] = dot + (second + third);
   }
 
   __device__ void rescale(float most) {
@@ -306,6 +313,7 @@ class Stream {
   const int tiles_, whole_tiles_,
       simple_tiles_;       // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
   const int kept_tiles_;   // that stay in the second-level cache; -1 = no wishes
+  const uint64_t others_;  // the wish for the rest
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
@@ -328,10 +336,10 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
   }
 }
 
-/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. By one warp; a
-/// barrier must follow.
+/// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
+/// queries. By one warp; a barrier must follow.
 template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words) {
+__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words, Probing where) {
   const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
   for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
     float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
@@ -341,15 +349,15 @@ __device__ void split_probe(const float* vector, int key_dim, int value_dim, uns
       x -= taken.x, y -= taken.y;
       words[part * pitch + turned_channel(2 * i) / 2] = word;
     }
-    words[3 * pitch + i] = 0;
+    if (where == Probing::apart) words[3 * pitch + i] = 0;
   }
 }
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
-template <class Element, int width, bool probing>
+template <class Element, int width, Probing probing>
 __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory,
                                             Ring& ring, bool next) {
-  Stream<Element, width, probing> stream(look, now, memory);
+  Stream<Element, width, probing> stream(look, now, memory, look.kept_tiles);
   stream.run(ring, next);
   stream.store();
 }
@@ -359,9 +367,9 @@ template <class Element, int width>
 __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
                                         bool next) {
   if (look.probe_vector)
-    stream_here<Element, width, true>(look, now, memory, ring, next);
+    stream_here<Element, width, Probing::apart>(look, now, memory, ring, next);
   else
-    stream_here<Element, width, false>(look, now, memory, ring, next);
+    stream_here<Element, width, Probing::none>(look, now, memory, ring, next);
 }
 
 /// stream_row() of rows stored as `elements`, 16 bits each.

@@ -184,7 +184,7 @@ struct TokenAttention {
       float all = share * sum;
 #pragma unroll
       for (int k = part_lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
-      weights.weight[g0 / heads_at_once] = all > 0 ? share / all : 0.f;
+      weights.weight[g0 / heads_at_once] = all > 0 ? share * __frcp_rn(all) : 0.f;  // a division of 0 is slow
       if (part == 0 && g < group) {
         const float mine = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
         memory.own_log_sum()[g] = mine;
