@@ -38,8 +38,8 @@ int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPl
   const bool plain = trace.elements == Dtype::bfloat16 &&
                      streams(trace.elements, trace.key_dim, trace.value_dim, trace.group) && trace.softcap == 0 &&
                      std::ranges::none_of(header.layers, [](const LayerInfo& layer) { return layer.window > 0; }) &&
-                     plan.settings.positions == Positions::absolute && !plan.settings.mass && !plan.traits.future_mass &&
-                     plan.traits.future_queries.horizon == 0 &&
+                     plan.settings.positions == Positions::absolute && !plan.settings.mass &&
+                     !plan.traits.future_mass && plan.traits.future_queries.horizon == 0 &&
                      (!plan.traits.key_probe || probe_fits(trace.group));
   return plain ? stream_width(trace.key_dim, trace.value_dim) : 0;
 }

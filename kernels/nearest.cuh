@@ -78,4 +78,33 @@ __device__ __noinline__ void find_nearest(Player& player, Head& head) {
   }
 }
 
+/// The same of one victim, while all others stay. Needs and gives a barrier.
+template <class Player, class Head>
+__device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int victim) {
+  const Unit& unit = player.unit;
+  const bool cosine = player.traits().nearest == Nearest::cosine;
+  const auto norm = [&](int slot) {
+    const float length = cosine ? std::sqrt(detail::row_dot(head.key(slot), head.key(slot))) : 1.f;
+    return length > 0 ? length : 1.f;
+  };
+  const float own_norm = norm(victim);
+  unsigned long long nearest = ~0ull;
+  int at = -1;
+  float best = 0;
+  player.team.for_each(player.size, [&](int slot) {
+    if (!unit.stays[slot]) return;
+    if constexpr (detail::declares_receives<typename Player::PolicyType>)
+      if (!player.policy.receives(player.view(slot))) return;
+    const float dot = detail::row_dot(head.key(victim), head.key(slot)) / (own_norm * norm(slot));
+    const unsigned long long key =
+        static_cast<unsigned long long>(~Cut::key_of(dot)) << 32 | static_cast<unsigned>(unit.token[slot]);
+    if (key < nearest) nearest = key, at = slot, best = dot;
+  });
+  if (threadIdx.x == 0) unit.similarity[victim] = 0;
+  const unsigned long long least = player.team.min_key(nearest);
+  if (at >= 0 && nearest == least)
+    unit.target[victim] = at, unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
+  __syncthreads();
+}
+
 }  // namespace kv

@@ -265,6 +265,15 @@ struct Player : Play {
     unit.stays[last] = 1;
   }
 
+  /// find_nearest_to() of one victim. Not inlined, and of few words.
+  static __device__ __noinline__ void find_nearest_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                         int block, int victim) {
+    Player player(fixed, policy);
+    player.size = size, player.now = now, player.phase = phase, player.block = block;
+    Head h = player.head();
+    find_nearest_to(player, h, victim);
+  }
+
   /// Folds one victim, as fold_one() does. Not inlined, and of few words.
   static __device__ __noinline__ int fold_victim(Fixed& fixed, const P& policy, int size, int now, Phase phase,
                                                  int block, int victim, int rows) {

@@ -65,11 +65,7 @@ class DeviceProgramOf final : public DeviceProgram {
  private:
   using Kernel = void (*)(Launch, const P*);
   static Kernel kernel_of_steps(int plain_width) {
-    if constexpr (may_be_plain<P>) {
-      if (plain_width == 64) return step_kernel<P, 64>;
-      if (plain_width == 128) return step_kernel<P, 128>;
-    }
-    return step_kernel<P, 0>;
+    return plain_width == 64 ? step_kernel<P, 64> : plain_width == 128 ? step_kernel<P, 128> : step_kernel<P, 0>;
   }
   template <class T>
   static std::size_t size_of_data() {

@@ -1,29 +1,25 @@
 // The row of a step: what it looks at, the warps that stream it and those that serve them, its measure, and the rows that
 // attend besides it.
 //
-// Most rows are plain: of bfloat16, over tensor cores, keys at their own positions, logits neither bent, biased nor hidden, and
-// masses are not asked for. Kernels for plain rows are compiled apart: less code, in which tensor cores wait for less.
+// Most rows are plain: of bfloat16, over tensor cores, keys at their own positions, logits neither bent nor hidden, and masses
+// are not asked for. Kernels for plain rows are compiled apart: less code, in which tensor cores wait for less.
 #pragma once
 #include "kernels/stages.cuh"
 #include "kernels/step_inputs.cuh"
 
 namespace kv {
 
-/// Whether rows of a policy may be plain.
-template <class P>
-constexpr bool may_be_plain = !detail::declares_log_bias<P>;
-
 /// `width`: of the streams, where rows are plain; 0 for any rows.
 template <class P, int width>
 class StepRow : protected Stages<P> {
  public:
   using Stages<P>::size;
-  static constexpr bool plain = width > 0;
+  static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
 
   __device__ StepRow(const Launch& launch, Fixed& fixed, const P& policy)
       : Stages<P>(launch, fixed, policy),
-        prepares_(p_.traits().key_probe ||
-                  (!plain && (!p_.fixed.streamed || !p_.absolute() || detail::declares_log_bias<P> || p_.layer.window > 0 ||
+        prepares_(p_.traits().key_probe || biased ||
+                  (!plain && (!p_.fixed.streamed || !p_.absolute() || p_.layer.window > 0 ||
                               p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
  protected:
@@ -40,7 +36,7 @@ class StepRow : protected Stages<P> {
   __device__ StepInputs inputs() const { return {p_, streamed()}; }
   __device__ TokenAttention attention() const {
     TokenAttention attention = p_.attention();
-    if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = true;
+    if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
     return attention;
   }
 
@@ -75,8 +71,7 @@ class StepRow : protected Stages<P> {
     s.begin_step(token, block);
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
-      if (attends && s.streamed() && s.probes(due))
-        s.place_probe(token);
+      if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);
@@ -156,7 +151,7 @@ class StepRow : protected Stages<P> {
     const StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
-        Stream<__nv_bfloat16, width, probing.value, true> stream(look, now, memory, args_.settings.kept_tiles);
+        Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, args_.settings.kept_tiles);
         stream.run(p_.ring, next);
         named_wait(parts_are_free, team_threads);
         stream.store();
@@ -258,7 +253,7 @@ class StepRow : protected Stages<P> {
 
   static constexpr int parts_are_free = 1;  // the named barrier: outputs were made of the parts that the last row left
 
-  const bool prepares_;  // every step does
+  const bool prepares_;              // every step does
   TokenAttention::Weights weights_;  // of the last row, where it is plain
   const float* bias_ = nullptr;
   int row_of_ = -1;                          // token whose row the logits are of

@@ -47,8 +47,8 @@ class Steps : StepRow<P, width> {
   using Row::links;
   using Row::look_around;
   using Row::look_probes_;
-  using Row::mass;
   using Row::make_outputs;
+  using Row::mass;
   using Row::measure_step;
   using Row::measured_;
   using Row::measured_token_;
@@ -175,6 +175,10 @@ class Steps : StepRow<P, width> {
     bool newest_folded = false;
     if (merges()) {
       if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
+      if (p_.traits().nearest != Nearest::none) {
+        __syncthreads();
+        Player<P>::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
+      }
       const int target = p_.fold_apart(victim);
       newest_folded = target == last || target == many_targets;
     } else {
@@ -191,18 +195,19 @@ class Steps : StepRow<P, width> {
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
   __device__ bool evicts_one() const {
-    if constexpr (detail::declares_on_selected<P> || detail::declares_on_compress<P>) return false;
+    if constexpr (detail::declares_on_selected<P>) return false;
     const Traits traits = p_.traits();
+    constexpr int window = detail::declares_on_compress<P> ? 0 : 1;  // whose statistics are at hand
     return p_.size == p_.budget + 1 && traits.select == Select::slots && traits.needs_budget() &&
-           traits.nearest == Nearest::none && traits.future_queries.horizon == 0 && !traits.future_mass &&
-           (traits.observation_window <= 1 || window_is_closed());
+           traits.future_queries.horizon == 0 && !traits.future_mass &&
+           (traits.observation_window <= window || window_is_closed());
   }
   __device__ bool window_is_closed() const {
     return p_.traits().window_once && p_.phase == Phase::decode && p_.progress.compressions > 0;
   }
 
-  /// One pass over the slots: on_attention, the window's statistic where the window is this row, score. Returns the slot
-  /// that must go, the lowest score, of equals the newest; -1 when all are safe. Gives a barrier.
+  /// One pass over the slots: on_attention, the window's statistic where the window is this row, score (or on_compress, a pass
+  /// before). Returns the slot that must go, the lowest score, of equals the newest; -1 when all are safe. Gives a barrier.
   __device__ int observe_and_rank(int token, bool observes) {
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     if (window && (row_of_ != token || bias_moved_ || p_.traits().window_past)) {
@@ -226,18 +231,20 @@ class Steps : StepRow<P, width> {
       if (key < mine) mine = key, slot = s;
     };
     const auto look_at_slot = [&](int s, int slot_token) {
-      const float score = checked_score(p_.fixed, slots.score(policy, head, s, slot_token), s, slot_token);
+      const float given = detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token);
+      const float score = checked_score(p_.fixed, given, s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
-    if (observes && (window || detail::declares_score_in<P> || !together)) {
+    if (observes && (window || detail::declares_score_in<P> || detail::declares_on_compress<P> || !together)) {
       observe();
       __syncthreads();
       observes = false;
     }
+    if constexpr (detail::declares_on_compress<P>) Player<P>::score(p_, 1);
     if (window) {
       if (slots.info.group <= stream_heads)
         slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.weigh_in_place(s, mine); });

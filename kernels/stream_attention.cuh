@@ -17,8 +17,8 @@ namespace kv {
 
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
 /// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
-/// neither bent, biased nor hidden.
-template <class Element, int width, Probing probing, bool plain = false>
+/// neither bent nor hidden, and biased where `biased` says so.
+template <class Element, int width, Probing probing, bool plain = false, bool biased = false>
 class Stream {
  public:
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
@@ -200,10 +200,10 @@ class Stream {
   /// parts of the policy's vector in the rows of heads.
   __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const unsigned probe_at = probing == Probing::apart
-                                  ? shared_address(memory_.probe) +
-                                        static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
-                                  : 0;
+    const unsigned probe_at =
+        probing == Probing::apart
+            ? shared_address(memory_.probe) + static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
+            : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
       const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
@@ -250,6 +250,12 @@ class Stream {
         *reinterpret_cast<float2*>(logits_ + tile * stream_tile) = {x[0], x[1]};
         *reinterpret_cast<float2*>(logits_ + tile * stream_tile + 8) = {x[2], x[3]};
       }
+      if constexpr (plain && biased) {
+        const float* const bias = look_.bias + tile * stream_tile + 2 * column();
+        const float2 first = *reinterpret_cast<const float2*>(bias),
+                     second = *reinterpret_cast<const float2*>(bias + 8);
+        x[0] += first.x, x[1] += first.y, x[2] += second.x, x[3] += second.y;
+      }
 #pragma unroll
       for (float& each : x) each *= log2_e;
     } else {
@@ -274,7 +280,7 @@ class Stream {
     const bool there = slot < now_.slots && (plain || !(look_.masked && look_.hidden(slot, now_.query_token)));
     const float logit = !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
     if (logits_ && slot < now_.slots) logits_[at] = logit;
-    return (!plain && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
+    return ((!plain || biased) && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
   /// Rows `first`, first + 1 and first + 2 of the product are the probe's three parts.

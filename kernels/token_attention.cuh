@@ -206,7 +206,7 @@ struct TokenAttention {
     for (int p = 0; p <= stream_warps; ++p) weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
     for (int c = 4 * static_cast<int>(threadIdx.x % 32); c < dv; c += 128) {
       float o[4] = {};
-      const auto add = [&](float each, const float (&x)[4]) {
+      const auto add = [&](float each, const float(&x)[4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
       };
@@ -216,9 +216,10 @@ struct TokenAttention {
         add(weight[w], {part.x, part.y, part.z, part.w});
       }
       const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
-      add(weight[stream_warps],
-          {widen(elements, static_cast<std::uint16_t>(words.x)), widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
-           widen(elements, static_cast<std::uint16_t>(words.y)), widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
+      add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
+                                 widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
+                                 widen(elements, static_cast<std::uint16_t>(words.y)),
+                                 widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
       *reinterpret_cast<float4*>(memory.output + g * dv + c) = {o[0], o[1], o[2], o[3]};
     }
     __syncwarp();
