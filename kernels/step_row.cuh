@@ -33,7 +33,8 @@ class StepRow : protected Stages<P> {
   __device__ bool absolute() const { return plain || p_.absolute(); }
   __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
   __device__ bool future_mass() const { return !plain && p_.traits().future_mass; }
-  __device__ StepInputs inputs() const { return {p_, streamed()}; }
+  __device__ int stream_width() const { return plain ? width : kv::stream_width(p_.trace.key_dim, p_.trace.value_dim); }
+  __device__ StepInputs inputs() const { return {p_, streamed(), stream_width()}; }
   __device__ TokenAttention attention() const {
     TokenAttention attention = p_.attention();
     if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
@@ -42,7 +43,7 @@ class StepRow : protected Stages<P> {
 
   __device__ void begin() {
     if (streamed()) {  // beyond the group and the dimension queries stay zeros
-      const int words = stream_heads * query_pitch(stream_width(p_.trace.key_dim, p_.trace.value_dim)) / 2;
+      const int words = stream_heads * query_pitch(stream_width()) / 2;
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
@@ -134,7 +135,7 @@ class StepRow : protected Stages<P> {
       serve(token);
     }
     p_.stale = -1;
-    if (plain ? width > 64 : stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64)
+    if (stream_width() > 64)
       Stream<__nv_bfloat16, 128, Probing::none>::advance(p_.ring, last, next);
     else
       Stream<__nv_bfloat16, 64, Probing::none>::advance(p_.ring, last, next);
