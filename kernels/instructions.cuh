@@ -16,6 +16,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+/// log2 of x with the special function unit: error 2^-22 of it, or of 1 where it is less.
+__device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Two elements rounded to nearest, `low` in the lower half.
 __device__ inline uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;

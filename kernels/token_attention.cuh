@@ -158,7 +158,8 @@ struct TokenAttention {
     float weight[stream_heads / heads_at_once] = {};
   };
 
-  /// Log-sum-exps from what the warps left, every warp its own copy. All threads; a barrier before.
+  /// Log-sum-exps from what the warps left, every warp its own copy, to 2^-21; those that are measured exactly, by
+  /// the last warp, since the others hurry. All threads; a barrier before.
   __device__ Weights log_sums(const RowLook& look, const RowMemory& memory) const {
     const int lane = static_cast<int>(threadIdx.x % 32), part = lane % part_lanes, group = look.group;
     Weights weights;
@@ -186,9 +187,8 @@ struct TokenAttention {
       for (int k = part_lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
       weights.weight[g0 / heads_at_once] = all > 0 ? share * __frcp_rn(all) : 0.f;  // a division of 0 is slow
       if (part == 0 && g < group) {
-        const float mine = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
-        memory.own_log_sum()[g] = mine;
-        if (threadIdx.x < 32) memory.log_sum[g] = mine;
+        memory.own_log_sum()[g] = all > 0 ? (base + log2_fast(all)) * ln_2 : -INFINITY;
+        if (threadIdx.x / 32 == team_warps - 1) memory.log_sum[g] = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
       }
     }
     __syncwarp();

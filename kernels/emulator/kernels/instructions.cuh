@@ -10,6 +10,7 @@ inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;
 }
+inline float log2_fast(float x) { return std::log2(x); }
 
 inline uint32_t pack_bfloat16(float low, float high) {
   return static_cast<uint32_t>(__float2bfloat16_rn(high).word) << 16 | __float2bfloat16_rn(low).word;
