@@ -197,7 +197,8 @@ class Steps : StepRow<P, width> {
   __device__ bool evicts_one() const {
     if constexpr (detail::declares_on_selected<P>) return false;
     const Traits traits = p_.traits();
-    constexpr int window = detail::declares_on_compress<P> ? 0 : 1;  // whose statistics are at hand
+    const int window =
+        detail::declares_on_compress<P> || merges() ? 0 : 1;  // whose statistics are at hand for its hooks
     return p_.size == p_.budget + 1 && traits.select == Select::slots && traits.needs_budget() &&
            traits.future_queries.horizon == 0 && !traits.future_mass &&
            (traits.observation_window <= window || window_is_closed());

@@ -170,16 +170,15 @@ class Stream {
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
-      // Wishes are the same in all threads: others would cost two instructions a copy. So would both in one: the loop keeps
-      // the compiler from that.
-      if (tile < kept_tiles_) {
-#pragma unroll 1
-        for (int i = 0; i < copies; i += 2)
+      const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
 #pragma unroll
-          for (int k = i; k < i + 2; ++k) copy_16(to + static_cast<unsigned>(k) * step, from + k * 512, stay_long);
+        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+      };
+      if (tile < kept_tiles_) {  // wishes are the same in all threads: others would cost two instructions a copy
+        __syncwarp();            // keeps the compiler from going through both branches
+        copy(stay_long);
       } else {
-#pragma unroll
-        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, others_);
+        copy(others_);
       }
     } else if (tile < tiles_) {
       const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
