@@ -1,5 +1,5 @@
-// The two kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide
-// kernels attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
+// The kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide kernels
+// attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
 #pragma once
 #include "kernels/launch.cuh"
 #include "kernels/steps.cuh"
