@@ -76,28 +76,26 @@ __device__ void each_sum_over_heads(const Fixed& fixed, int buffer, int size, F 
   }
 }
 
-/// Entry i of all heads' candidates of one buffer together: scores add up, the higher safety wins.
-__device__ inline float sum_over_heads(const Fixed& fixed, int buffer, int i, std::uint8_t& safety) {
-  float score = 0;
-  for (int h = 0; h < fixed.unit.layer_heads; ++h) {
-    const Unit& other = fixed.units[fixed.unit.first_head + h];
-    const float theirs = __ldcg(other.score_at[buffer] + i);
-    const std::uint8_t safe = __ldcg(other.safety_at[buffer] + i);
-    score = h == 0 ? theirs : score + theirs;
-    safety = safe > safety ? safe : safety;
-  }
-  return score;
-}
-
 /// The candidates that decide: the unit's own, or the sums over its layer's heads, whose arrays must be complete. Gives a
 /// barrier.
 __device__ __noinline__ inline DeviceCandidates decisive(const Play& play, bool together, int buffer) {
   const Unit& unit = play.unit;
   if (!together || unit.layer_heads == 1) return {unit.score_at[buffer], unit.safety_at[buffer]};
-  play.team.for_each(play.size, [&](int i) {
+  const Unit* mates = play.fixed.units + unit.first_head;  // of one layout, one behind the other
+  const float* scores = mates[0].score_at[buffer];
+  const std::uint8_t* safeties = mates[0].safety_at[buffer];
+  const long scores_apart = mates[1].score_at[buffer] - scores, safeties_apart = mates[1].safety_at[buffer] - safeties;
+  play.team.for_each(play.size, [&](int i) {  // scores add up, the higher safety wins
+    float score = 0;
     std::uint8_t safety = 0;
-    unit.all_score[i] = sum_over_heads(play.fixed, buffer, i, safety);
-    unit.all_safety[i] = safety;
+#pragma unroll 8
+    for (int h = 0; h < unit.layer_heads; ++h) {
+      const float theirs = __ldcg(scores + h * scores_apart + i);
+      const std::uint8_t safe = __ldcg(safeties + h * safeties_apart + i);
+      score = h == 0 ? theirs : score + theirs;
+      safety = safe > safety ? safe : safety;
+    }
+    unit.all_score[i] = score, unit.all_safety[i] = safety;
   });
   __syncthreads();
   return {unit.all_score, unit.all_safety};
@@ -236,25 +234,34 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   team.for_each(n, [&](int i) { state[i] = takes(i) ? undecided : out; });
   __syncthreads();
   const auto below = [&](int i, int j) {  // whether link i is picked before its neighbour j
-    const float a = scored ? c.score[i] : 0.f, b = scored ? c.score[j] : 0.f;
-    return a < b || (a == b && i < j);
+    const float a = c.score[i], b = c.score[j];
+    return scored ? a < b || (a == b && i < j) : i < j;
   };
   for (bool more = true; more;) {
-    team.for_each(links, [&](int i) {
-      if (state[i] != undecided) return;
-      const bool left_waits = i > 0 && state[i - 1] == undecided, right_waits = state[i + 1] == undecided;
-      goes[i] = (!left_waits || below(i, i - 1)) && (!right_waits || below(i, i + 1));
-    });
+    team.for_each_read(
+        links,
+        [&](int i) {
+          const bool left_waits = i > 0 && state[i - 1] == undecided, right_waits = state[i + 1] == undecided;
+          const bool lowest = (i == 0 || !left_waits || below(i, i - 1)) && (!right_waits || below(i, i + 1));
+          return state[i] == undecided && lowest;
+        },
+        [&](int i, bool lowest) { goes[i] = lowest; });
     __syncthreads();
+    struct Link {
+      int state;
+      bool picked, beside;  // beside: a neighbour is picked
+    };
     int changed = 0;
-    team.for_each(links, [&](int i) {
-      if (state[i] != undecided || !goes[i]) return;
-      state[i] = in, changed = 1;
-    });
-    __syncthreads();
-    team.for_each(links, [&](int i) {
-      if (state[i] == undecided && ((i > 0 && state[i - 1] == in) || state[i + 1] == in)) state[i] = out;
-    });
+    team.for_each_read(
+        links,
+        [&](int i) {
+          return Link{state[i], goes[i] != 0, (i > 0 && goes[i - 1] != 0) || goes[i + 1] != 0};
+        },
+        [&](int i, const Link& link) {
+          if (link.state != undecided) return;
+          if (link.picked) state[i] = in, changed = 1;
+          if (link.beside) state[i] = out;
+        });
     more = __syncthreads_or(changed) != 0;
   }
   team.for_each(n, [&](int i) { goes[i] = 0; });
