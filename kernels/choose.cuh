@@ -241,9 +241,11 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     team.for_each_read(
         links,
         [&](int i) {
-          const bool left_waits = i > 0 && state[i - 1] == undecided, right_waits = state[i + 1] == undecided;
-          const bool lowest = (i == 0 || !left_waits || below(i, i - 1)) && (!right_waits || below(i, i + 1));
-          return state[i] == undecided && lowest;
+          const int left = max(i - 1, 0), right = i + 1;
+          const bool waits = state[i] == undecided, left_waits = state[left] == undecided && left < i,
+                     right_waits = state[right] == undecided, before_left = below(i, left),
+                     before_right = below(i, right);
+          return waits && (!left_waits || before_left) && (!right_waits || before_right);
         },
         [&](int i, bool lowest) { goes[i] = lowest; });
     __syncthreads();
@@ -255,7 +257,8 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     team.for_each_read(
         links,
         [&](int i) {
-          return Link{state[i], goes[i] != 0, (i > 0 && goes[i - 1] != 0) || goes[i + 1] != 0};
+          const int left = goes[max(i - 1, 0)], right = goes[i + 1];
+          return Link{state[i], goes[i] != 0, (i > 0 && left != 0) || right != 0};
         },
         [&](int i, const Link& link) {
           if (link.state != undecided) return;
@@ -306,15 +309,20 @@ __device__ __noinline__ inline int mark_slots(const Play& play, const int* goes)
 /// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.
 __device__ __noinline__ inline void link_targets(const Play& play, Picks picks) {
   const Unit& unit = play.unit;
-  play.team.for_each(play.size, [&](int i) {
-    const int slot = unit.order[i];
-    unit.target[slot] = -1;
-    if (unit.stays[slot]) return;
-    int left = i - 1;
-    if (picks == Picks::fold)
-      while (left >= 0 && !unit.stays[unit.order[left]]) --left;
-    unit.target[slot] = left >= 0 ? unit.order[left] : -1;
-  });
+  struct Place {
+    int slot, target;
+  };
+  play.team.for_each_read(
+      play.size,
+      [&](int i) {
+        const int slot = unit.order[i];
+        int left = i - 1;
+        if (picks == Picks::fold && !unit.stays[slot])
+          while (left >= 0 && !unit.stays[unit.order[left]]) --left;
+        const int target = unit.order[max(left, 0)];
+        return Place{slot, unit.stays[slot] || left < 0 ? -1 : target};
+      },
+      [&](int, const Place& place) { unit.target[place.slot] = place.target; });
   __syncthreads();
 }
 

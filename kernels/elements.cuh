@@ -99,12 +99,11 @@ struct DeviceRow {
   }
   template <class F, class... Others>
   __device__ void each_eight(F f, Others... others) const {
-    if (!in_eights()) {
-      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, *this, others...);
-      return;
-    }
+    if (in_eights())
 #pragma unroll 4
-    for (int first = 0; first < dim; first += 8) call_with_eight(f, first, eights(), others.eights()...);
+      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, 8, eights(), others.eights()...);
+    else
+      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, min(8, dim - first), *this, others...);
   }
   __device__ EightsOfRow eights() const { return {data, elements}; }
   __host__ __device__ static DeviceRow at(const void* rows, Dtype elements, long index, int dim) {
@@ -137,14 +136,24 @@ __device__ inline void copy_bytes(void* to, const void* from, long bytes) {
       static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
 }
 
-/// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads.
+/// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads, each with several words
+/// under way.
 __device__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
   const auto move = [&]<class Word>(Word) {
-    const int words = row_bytes / static_cast<int>(sizeof(Word));
-    Word* const all = static_cast<Word*>(rows);
-    for (int i = static_cast<int>(threadIdx.x); i < count * words; i += team_threads)
-      all[static_cast<long>(to[i / words]) * words + i % words] =
-          all[static_cast<long>(from[i / words]) * words + i % words];
+    constexpr int ahead = 8;
+    const int words = row_bytes / static_cast<int>(sizeof(Word)), all = count * words;
+    Word* const memory = static_cast<Word*>(rows);
+    for (int first = static_cast<int>(threadIdx.x); first < all; first += ahead * team_threads) {
+      Word mine[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < all)
+          mine[k] = memory[static_cast<long>(from[i / words]) * words + i % words];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < all)
+          memory[static_cast<long>(to[i / words]) * words + i % words] = mine[k];
+    }
   };
   row_bytes % 16 == 0 ? move(uint4{}) : move(std::uint16_t{});
 }

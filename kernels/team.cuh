@@ -146,6 +146,38 @@ struct BlockTeam {
     return total;
   }
 
+  /// f(i, has(i), how many j < i have the property) for every i < n, in rounds of four neighbours a thread; returns how many
+  /// have it in all. What f(i) writes no other has(j) may read.
+  template <class Has, class F>
+  __device__ int number(int n, Has has, F f) const {
+    constexpr int each = 4;
+    int so_far = 0;
+    for (int first = 0; first < n; first += each * team_threads) {
+      const int mine = first + each * static_cast<int>(threadIdx.x);
+      bool has_it[each];
+      int sum = 0, before = 0;
+#pragma unroll
+      for (int k = 0; k < each; ++k) has_it[k] = mine + k < n && has(mine + k), sum += has_it[k];
+      const int total = scan(sum, before);
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        if (mine + k < n) f(mine + k, has_it[k], so_far + before);
+        before += has_it[k];
+      }
+      so_far += total;
+    }
+    return so_far;
+  }
+
+  /// How many i < n have the property.
+  template <class Has>
+  __device__ int count(int n, Has has) const {
+    int mine = 0, before;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) mine += has(i) ? 1 : 0;
+    return scan(mine, before);
+  }
+
   /// f(i, value(i), sum of value(j) over j < i) for every i < n, in rounds of four neighbours a thread; returns the sum of all.
   /// What f(i) writes no other value(j) may read.
   template <class Value, class F>
@@ -167,23 +199,6 @@ struct BlockTeam {
       so_far += total;
     }
     return so_far;
-  }
-
-  /// f(i, has(i), how many j < i have the property) for every i < n; returns how many have it in all. What f(i) writes no
-  /// other has(j) may read.
-  template <class Has, class F>
-  __device__ int number(int n, Has has, F f) const {
-    return add_before(
-        n, [&](int i) { return has(i) ? 1 : 0; }, [&](int i, int has_it, int before) { f(i, has_it != 0, before); });
-  }
-
-  /// How many i < n have the property.
-  template <class Has>
-  __device__ int count(int n, Has has) const {
-    int mine = 0, before;
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) mine += has(i) ? 1 : 0;
-    return scan(mine, before);
   }
 
  private:

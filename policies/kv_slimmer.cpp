@@ -86,9 +86,9 @@ struct KVSlimmer : kv::AdjacentLinks {
   /// Of entry(channel, the rows' values): L1 as released, else L2.
   KV_HD float norm(auto entry, auto row, auto... others) const {
     float l1 = 0, l2 = 0;
-    const auto add = [&](int first, const auto&... values) {
+    const auto add = [&](int first, int count, const auto&... values) {
       for (int k = 0; k < 8; ++k)
-        if (first + k < row.dim) {
+        if (k < count) {
           const float x = entry(first + k, values[k]...);
           l1 += std::abs(x), l2 += x * x;
         }

@@ -66,9 +66,9 @@ struct SlotView {
   KV_HD float log_multiplicity() const { return multiplicity > 1 ? kv::log(static_cast<float>(multiplicity)) : 0.f; }
 };
 
-/// f(first, channels first .. first + 7 of every row).
+/// f(first, count, channels first .. first + 7 of every row).
 template <class F, class... Rows>
-KV_HD void call_with_eight(F& f, int first, Rows... rows) {
+KV_HD void call_with_eight(F& f, int first, int count, Rows... rows) {
   struct Eight {
     float x[8];
   };
@@ -77,7 +77,7 @@ KV_HD void call_with_eight(F& f, int first, Rows... rows) {
     row.eight(first, eight.x);
     return eight;
   };
-  const auto call = [&](const auto&... eights) { f(first, eights.x...); };
+  const auto call = [&](const auto&... eights) { f(first, count, eights.x...); };
   call(load(rows)...);
 }
 
@@ -90,11 +90,12 @@ struct Row {
   KV_HD void eight(int first, float (&x)[8]) const {
     for (int k = 0; k < 8; ++k) x[k] = first + k < dim ? data[first + k] : 0.f;
   }
-  /// f(first, channels of this row, of the others) for all channels in order, eight at a time: faster than one by one where a
-  /// single thread reads whole rows. Rows are of one dim; beyond the last channel all are 0.
+  /// f(first, count, channels of this row, of the others) for all channels in order, eight at a time, of which the last may
+  /// have fewer than count = 8: faster than one by one where a single thread reads whole rows. Rows are of one dim.
   template <class F, class... Others>
   KV_HD void each_eight(F f, Others... others) const {
-    for (int first = 0; first < dim; first += 8) call_with_eight(f, first, *this, others...);
+    for (int first = 0; first < dim; first += 8)
+      call_with_eight(f, first, dim - first < 8 ? dim - first : 8, *this, others...);
   }
   /// Row `index` of `rows`, which an engine stores as it likes.
   KV_HD static Row at(const void* rows, Dtype, long index, int dim) {
