@@ -67,6 +67,17 @@ struct BlockTeam {
     return partial[0];
   }
 
+  /// As HostTeam::add_rows, in the same order of additions. Gives a barrier.
+  template <class Head, class RowOf, class Weight>
+  __device__ void add_rows(const Head& head, RowOf row, Weight weight, float* sum, int dim) const {
+    if constexpr (requires { row(0).in_eights(); })
+      if (row(0).in_eights()) {
+        const auto eights = [&](int slot) { return row(slot).eights(); };
+        return add_eights(head, eights, weight, sum, dim);
+      }
+    add_eights(head, row, weight, sum, dim);
+  }
+
   /// As HostTeam::max.
   template <class F>
   __device__ float max(int n, F f) const {
@@ -164,6 +175,65 @@ struct BlockTeam {
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) mine += has(i) ? 1 : 0;
     return scan(mine, before);
+  }
+
+  /// f(i, value(i), sum of value(j) over j < i) for every i < n, in rounds of four neighbours a thread; returns the sum of all.
+  /// What f(i) writes no other value(j) may read.
+  template <class Value, class F>
+  __device__ int add_before(int n, Value value, F f) const {
+    constexpr int each = 4;
+    int so_far = 0;
+    for (int first = 0; first < n; first += each * team_threads) {
+      const int mine = first + each * static_cast<int>(threadIdx.x);
+      int values[each], sum = 0, before = 0;
+#pragma unroll
+      for (int k = 0; k < each; ++k) values[k] = mine + k < n ? value(mine + k) : 0, sum += values[k];
+      const int total = scan(sum, before);
+      before += so_far;
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        if (mine + k < n) f(mine + k, values[k], before);
+        before += values[k];
+      }
+      so_far += total;
+    }
+    return so_far;
+  }
+
+ private:
+  /// add_rows of 128 channels at a time: 16 threads a part, 8 channels a thread.
+  template <class Head, class EightsOf, class Weight>
+  __device__ void add_eights(const Head& head, EightsOf row, Weight weight, float* sum, int dim) const {
+    constexpr int parts = 16, lanes = team_threads / parts;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % lanes;
+    const bool upper = threadIdx.x % 32 >= lanes;
+    for (int first = 0; first < dim; first += 8 * lanes) {
+      const int channel = first + 8 * lane;
+      float mine[8] = {};
+      if (channel < dim)
+#pragma unroll 8
+        for (int place = warp + (upper ? parts / 2 : 0); place < head.size(); place += parts) {
+          const int slot = head.at(place);
+          const float w = weight(slot);
+          float x[8];
+          row(slot).eight(channel, x);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) mine[k] += w * x[k];
+        }
+#pragma unroll
+      for (float& x : mine) x += __shfl_xor_sync(~0u, x, lanes);
+      float* partial = memory->partial;  // [warp][32]: of each half of a warp one channel at a time
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        __syncthreads();
+        partial[threadIdx.x] = upper ? mine[k + 4] : mine[k];
+        __syncthreads();
+        const int c = channel + k + (upper ? 4 : 0);
+        const auto pair = [&](int w) { return partial[32 * w + threadIdx.x] + partial[32 * (w + 4) + threadIdx.x]; };
+        if (warp == 0 && c < dim) sum[c] = (pair(0) + pair(2)) + (pair(1) + pair(3));
+      }
+    }
+    __syncthreads();
   }
 };
 
