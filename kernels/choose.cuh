@@ -111,17 +111,24 @@ struct Threshold {
 };
 template <class Takes, class Key>
 __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key key_of) {
+  struct Candidate {
+    unsigned key;
+    bool takes_part;
+  };
   unsigned prefix = 0;
   int left = k;
   for (int shift = 24; shift >= 0; shift -= 8) {
     team.for_each(256, [&](int i) { team.memory->counts[i] = 0; });
     __syncthreads();
     const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
-    team.for_each(n, [&](int i) {
-      if (!takes(i)) return;
-      const unsigned key = key_of(i);
-      if ((key & mask) == prefix) atomicAdd(&team.memory->counts[key >> shift & 255u], 1);
-    });
+    team.for_each_read(
+        n,
+        [&](int i) {
+          return Candidate{key_of(i), takes(i)};
+        },
+        [&](int, const Candidate& c) {
+          if (c.takes_part && (c.key & mask) == prefix) atomicAdd(&team.memory->counts[c.key >> shift & 255u], 1);
+        });
     __syncthreads();
     int before;
     const int mine = team.memory->counts[threadIdx.x];
@@ -281,19 +288,18 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
 
 /// From places to slots: stays[slot], and how many go. Gives a barrier.
 __device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
-  const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
   struct Place {
     int slot;
     bool stays;
   };
+  int gone = 0, before;
   play.team.for_each_read(
       play.size,
       [&](int i) {
         return Place{play.unit.order[i], goes[i] == 0};
       },
-      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays; });
-  __syncthreads();
-  return gone;
+      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays, gone += mine.stays ? 0 : 1; });
+  return play.team.scan(gone, before);
 }
 
 /// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.
