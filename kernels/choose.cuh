@@ -109,7 +109,7 @@ struct Threshold {
   unsigned key;
   int equal;
 };
-template <class Takes, class Key>
+template <bool ahead, class Takes, class Key>
 __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key key_of) {
   struct Candidate {
     unsigned key;
@@ -121,14 +121,22 @@ __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key
     team.for_each(256, [&](int i) { team.memory->counts[i] = 0; });
     __syncthreads();
     const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
-    team.for_each_read(
-        n,
-        [&](int i) {
-          return Candidate{key_of(i), takes(i)};
-        },
-        [&](int, const Candidate& c) {
-          if (c.takes_part && (c.key & mask) == prefix) atomicAdd(&team.memory->counts[c.key >> shift & 255u], 1);
-        });
+    const auto count_in = [&](unsigned key) {
+      if ((key & mask) == prefix) atomicAdd(&team.memory->counts[key >> shift & 255u], 1);
+    };
+    if constexpr (ahead)
+      team.for_each_read<8>(
+          n,
+          [&](int i) {
+            return Candidate{key_of(i), takes(i)};
+          },
+          [&](int, const Candidate& c) {
+            if (c.takes_part) count_in(c.key);
+          });
+    else
+      team.for_each(n, [&](int i) {
+        if (takes(i)) count_in(key_of(i));
+      });
     __syncthreads();
     int before;
     const int mine = team.memory->counts[threadIdx.x];
@@ -147,12 +155,12 @@ __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key
 
 /// Marks in `goes` (by place) the k candidates of the lowest scores among those that take part; `older_first`: of equals
 /// the older, else the newer. Gives a barrier.
-template <class Takes>
+template <bool ahead, class Takes>
 __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, int k, bool older_first, Takes takes,
                             int* goes) {
   if (k <= 0) return;
   const auto key = [&](int i) { return Cut::key_of(c.score[i]); };
-  const Threshold threshold = kth_smallest(team, n, k, takes, key);
+  const Threshold threshold = kth_smallest<ahead>(team, n, k, takes, key);
   const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
   team.number(
       n, [&](int i) { return takes(place(i)) && key(place(i)) == threshold.key; },
@@ -163,15 +171,17 @@ __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, in
   __syncthreads();
 }
 
-/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier.
-__device__ __noinline__ inline void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
+/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier. `ahead`: reads ahead, for the many
+/// slots of a prompt; what a step calls does without, for its registers are the step loop's.
+template <bool ahead>
+__device__ __noinline__ void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
   const BlockTeam team = play.team;
   const int n = play.size, budget = play.budget;
   const int safe = team.count(n, [&](int i) { return c.safety[i] != safety_normal; });
   if (safe <= budget) {
     team.for_each(n, [&](int i) { goes[i] = 0; });
     __syncthreads();
-    mark_lowest(
+    mark_lowest<ahead>(
         team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
     return;
   }
@@ -217,7 +227,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     team.for_each(n, [&](int i) { state[i] = 0; });
     __syncthreads();
     if (scored)
-      mark_lowest(team, c, links, k, true, takes, state);
+      mark_lowest<false>(team, c, links, k, true, takes, state);
     else
       team.number(links, takes, [&](int i, bool taken, int before) { state[i] = taken && before < k; });
     __syncthreads();
@@ -279,7 +289,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   int* lowest = play.unit.work[2];
   team.for_each(n, [&](int i) { lowest[i] = 0; });
   __syncthreads();
-  mark_lowest(team, c, links, min(left, all), true, picked, lowest);
+  mark_lowest<false>(team, c, links, min(left, all), true, picked, lowest);
   team.for_each(links, [&](int i) {
     if (lowest[i]) goes[i + 1] = 1;
   });
@@ -287,19 +297,21 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
 }
 
 /// From places to slots: stays[slot], and how many go. Gives a barrier.
-__device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
+template <bool ahead>
+__device__ __noinline__ int mark_slots(const Play& play, const int* goes) {
+  const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
   struct Place {
     int slot;
     bool stays;
   };
-  int gone = 0, before;
-  play.team.for_each_read(
+  play.team.for_each_read<ahead ? 8 : 4>(
       play.size,
       [&](int i) {
         return Place{play.unit.order[i], goes[i] == 0};
       },
-      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays, gone += mine.stays ? 0 : 1; });
-  return play.team.scan(gone, before);
+      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays; });
+  __syncthreads();
+  return gone;
 }
 
 /// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.

@@ -224,10 +224,11 @@ struct Player : Play {
     __syncthreads();
   }
 
-  /// One round: from candidates to a smaller cache. Needs and gives a barrier.
+  /// One round: from candidates to a smaller cache; `ahead` as select_slots has it. Needs and gives a barrier.
+  template <bool ahead = false>
   __device__ void compress(int buffer, int window_rows) {
     Player copy = *this;
-    compress_copy(copy, buffer, window_rows);
+    compress_copy<ahead>(copy, buffer, window_rows);
     follow(copy);
   }
 
@@ -286,6 +287,7 @@ struct Player : Play {
   }
 
  private:
+  template <bool ahead>
   static __device__ __noinline__ void compress_copy(Player& p, int buffer, int window_rows) {
     const Unit& unit = p.unit;
     const BlockTeam team = p.team;
@@ -295,9 +297,9 @@ struct Player : Play {
     if (traits.select == Select::links)
       select_links(p, c, traits, unit.work[0], unit.work[1]);
     else
-      select_slots(p, c, unit.work[0]);
+      select_slots<ahead>(p, c, unit.work[0]);
     constexpr bool folds = detail::declares_on_merge<P>, evicts_by_hook = detail::declares_on_evict<P>;
-    int gone = mark_slots(p, unit.work[0]);
+    int gone = mark_slots<ahead>(p, unit.work[0]);
     if (traits.select == Select::links)
       link_targets(p, traits.picks);
     else if (folds || evicts_by_hook || detail::declares_on_selected<P>)  // who may look at targets

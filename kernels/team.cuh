@@ -31,10 +31,9 @@ struct BlockTeam {
   }
   __device__ void sync() const { __syncthreads(); }
 
-  /// f(i, read(i)) for every i < n. Eight are read before the first is used: stores of one do not hold up loads of the next.
-  template <class Read, class F>
+  /// f(i, read(i)) for every i < n. `ahead` are read before the first is used: stores of one do not hold up loads of the next.
+  template <int ahead = 4, class Read, class F>
   __device__ void for_each_read(int n, Read read, F f) const {
-    constexpr int ahead = 8;
     for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
       decltype(read(0)) mine[ahead];
 #pragma unroll
