@@ -163,7 +163,7 @@ __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, in
   const Threshold threshold = kth_smallest<ahead>(team, n, k, takes, key);
   const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
   team.number(
-      n, [&](int i) { return takes(place(i)) && key(place(i)) == threshold.key; },
+      n, [&](int i) { return takes(place(i)) & (key(place(i)) == threshold.key); },
       [&](int i, bool equal, int before) {
         const int at = place(i);
         if (equal ? before < threshold.equal : takes(at) && key(at) < threshold.key) goes[at] = 1;

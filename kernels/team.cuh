@@ -31,18 +31,20 @@ struct BlockTeam {
   }
   __device__ void sync() const { __syncthreads(); }
 
-  /// f(i, read(i)) for every i < n. `ahead` are read before the first is used: stores of one do not hold up loads of the next.
+  /// f(i, read(i)) for every i < n. `ahead` are read before the first is used: stores of one do not hold up loads of the next,
+  /// nor does what `read` makes of them, as long as it has no branches.
   template <int ahead = 4, class Read, class F>
   __device__ void for_each_read(int n, Read read, F f) const {
-    for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
+    int i = static_cast<int>(threadIdx.x);
+    for (; i + (ahead - 1) * team_threads < n; i += ahead * team_threads) {
       decltype(read(0)) mine[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < n) mine[k] = read(i);
+      for (int k = 0; k < ahead; ++k) mine[k] = read(i + k * team_threads);
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < n) f(i, mine[k]);
+      for (int k = 0; k < ahead; ++k) f(i + k * team_threads, mine[k]);
     }
+#pragma unroll 1
+    for (; i < n; i += team_threads) f(i, read(i));
   }
 
   /// As HostTeam::sum, in the same order of additions.
@@ -137,8 +139,13 @@ struct BlockTeam {
     for (int first = 0; first < n; first += each * team_threads) {
       const int mine = first + each * 32 * warp + lane;
       bool has_it[each];
+      if (first + each * team_threads <= n) {  // without a branch between their loads
 #pragma unroll
-      for (int k = 0; k < each; ++k) has_it[k] = mine + 32 * k < n && has(mine + 32 * k);
+        for (int k = 0; k < each; ++k) has_it[k] = has(mine + 32 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < each; ++k) has_it[k] = mine + 32 * k < n && has(mine + 32 * k);
+      }
       unsigned have[each];
       int of_warp = 0, before;
 #pragma unroll
