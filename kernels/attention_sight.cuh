@@ -33,15 +33,18 @@ struct WorkItem {
 };
 constexpr int work_group = 8;
 
-inline unsigned work_blocks(int tasks, int ranks) {
+__host__ __device__ inline unsigned work_blocks(int tasks, int ranks) {
   const int together = tasks < work_group ? tasks : work_group;
   return static_cast<unsigned>((tasks + together - 1) / together * together) * static_cast<unsigned>(ranks);
 }
 
-__device__ inline WorkItem work_item(int tasks, int ranks) {
-  const int together = min(tasks, work_group), chunk = together * ranks;
-  const int block = static_cast<int>(blockIdx.x), rest = block % chunk;
+__device__ inline WorkItem work_item(int tasks, int ranks, int block) {
+  const int together = min(tasks, work_group), chunk = together * ranks, rest = block % chunk;
   return {block / chunk * together + rest % together, rest / together};
+}
+/// Of a block that does one piece.
+__device__ inline WorkItem work_item(int tasks, int ranks) {
+  return work_item(tasks, ranks, static_cast<int>(blockIdx.x));
 }
 
 /// The first index in [begin, end) of ascending `values` that is above `bound`; `end` if none is. Quick when it is the

@@ -113,19 +113,34 @@ struct Threshold {
   unsigned key;
   int equal;
 };
-template <class Takes, class Key>
+template <bool ahead, class Takes, class Key>
 __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key key_of) {
+  struct Candidate {
+    unsigned key;
+    bool takes_part;
+  };
   unsigned prefix = 0;
   int left = k;
   for (int shift = 24; shift >= 0; shift -= 8) {
     team.for_each(256, [&](int i) { team.memory->counts[i] = 0; });
     __syncthreads();
     const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
-    team.for_each(n, [&](int i) {
-      if (!takes(i)) return;
-      const unsigned key = key_of(i);
+    const auto count_in = [&](unsigned key) {
       if ((key & mask) == prefix) atomicAdd(&team.memory->counts[key >> shift & 255u], 1);
-    });
+    };
+    if constexpr (ahead)
+      team.for_each_read<8>(
+          n,
+          [&](int i) {
+            return Candidate{key_of(i), takes(i)};
+          },
+          [&](int, const Candidate& c) {
+            if (c.takes_part) count_in(c.key);
+          });
+    else
+      team.for_each(n, [&](int i) {
+        if (takes(i)) count_in(key_of(i));
+      });
     __syncthreads();
     int before;
     const int mine = team.memory->counts[threadIdx.x];
@@ -144,15 +159,15 @@ __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key
 
 /// Marks in `goes` (by place) the k candidates of the lowest scores among those that take part; `older_first`: of equals
 /// the older, else the newer. Gives a barrier.
-template <class Takes>
+template <bool ahead, class Takes>
 __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, int k, bool older_first, Takes takes,
                             int* goes) {
   if (k <= 0) return;
   const auto key = [&](int i) { return Cut::key_of(c.score[i]); };
-  const Threshold threshold = kth_smallest(team, n, k, takes, key);
+  const Threshold threshold = kth_smallest<ahead>(team, n, k, takes, key);
   const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
   team.number(
-      n, [&](int i) { return takes(place(i)) && key(place(i)) == threshold.key; },
+      n, [&](int i) { return takes(place(i)) & (key(place(i)) == threshold.key); },
       [&](int i, bool equal, int before) {
         const int at = place(i);
         if (equal ? before < threshold.equal : takes(at) && key(at) < threshold.key) goes[at] = 1;
@@ -160,15 +175,17 @@ __device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, in
   __syncthreads();
 }
 
-/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier.
-__device__ __noinline__ inline void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
+/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier. `ahead`: reads ahead, for the many
+/// slots of a prompt; what a step calls does without, for its registers are the step loop's.
+template <bool ahead>
+__device__ __noinline__ void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
   const BlockTeam team = play.team;
   const int n = play.size, budget = play.budget;
   const int safe = team.count(n, [&](int i) { return c.safety[i] != safety_normal; });
   if (safe <= budget) {
     team.for_each(n, [&](int i) { goes[i] = 0; });
     __syncthreads();
-    mark_lowest(
+    mark_lowest<ahead>(
         team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
     return;
   }
@@ -214,7 +231,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     team.for_each(n, [&](int i) { state[i] = 0; });
     __syncthreads();
     if (scored)
-      mark_lowest(team, c, links, k, true, takes, state);
+      mark_lowest<false>(team, c, links, k, true, takes, state);
     else
       team.number(links, takes, [&](int i, bool taken, int before) { state[i] = taken && before < k; });
     __syncthreads();
@@ -288,7 +305,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   int* lowest = play.unit.work[2];
   team.for_each(n, [&](int i) { lowest[i] = 0; });
   __syncthreads();
-  mark_lowest(team, c, links, min(left, all), true, picked, lowest);
+  mark_lowest<false>(team, c, links, min(left, all), true, picked, lowest);
   team.for_each(links, [&](int i) {
     if (lowest[i]) goes[i + 1] = 1;
   });
@@ -296,13 +313,14 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
 }
 
 /// From places to slots: stays[slot], and how many go. Gives a barrier.
-__device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
+template <bool ahead>
+__device__ __noinline__ int mark_slots(const Play& play, const int* goes) {
   const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
   struct Place {
     int slot;
     bool stays;
   };
-  play.team.for_each_read(
+  play.team.for_each_read<ahead ? 8 : 4>(
       play.size,
       [&](int i) {
         return Place{play.unit.order[i], goes[i] == 0};

@@ -31,12 +31,12 @@ void column_sums(const AttentionShape& shape, const AttentionTask* tasks, const 
   // A Hopper tile has 128 rows of a head or 64 of two: with few, most of it would be zeros.
   if (shape.elements != Dtype::float32 && shape.key_dim == hopper_dim && !rule.capped && bounds.rows > 48 &&
       is_built(hopper_column_kernel<Weigh, __nv_bfloat16>)) {
-    const int tiles = tiles_of(bounds.slots, HopperColumns::slots);
-    const int heads = heads_together(bounds.tasks * tiles, shape.group, multiprocessors());
-    const int ranks = tiles * tiles_of(shape.group, heads);
+    const HopperColumnWork work(shape, bounds);
     return with_element(shape, [&](auto element) {
-      launch(hopper_column_kernel<Weigh, decltype(element)>, work_blocks(bounds.tasks, ranks), HopperColumns::threads,
-             HopperColumns::bytes, stream, shape, rule, tasks, bounds.tasks, ranks, heads);
+      const auto kernel = hopper_column_kernel<Weigh, decltype(element)>;
+      const int blocks = resident_blocks(kernel, HopperColumns::threads, HopperColumns::bytes);
+      launch(kernel, static_cast<unsigned>(std::min(blocks, work.pieces())), HopperColumns::threads,
+             HopperColumns::bytes, stream, shape, rule, tasks, work);
     });
   }
   with_tensor_shape(shape, shape.key_dim, [&](auto element, auto dim) {

@@ -13,6 +13,9 @@ constexpr int half_64 = 64 * 128, half_128 = 128 * 128;          // bytes of a h
 constexpr int bytes_64 = 2 * half_64, bytes_128 = 2 * half_128;  // bytes of a tile
 constexpr int swizzle_bytes = 1024;                              // alignment of tiles
 
+/// A shuffle's result: so the compiler knows that all of a warp have the same, and what follows from it needs no lanes.
+__device__ inline int warpgroup_of_warp() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
+
 /// One arrival a warp, after the whole warp's last read: a single one a warpgroup would let the copies overtake its
 /// slower warps.
 __device__ inline void release(uint32_t barrier) {
@@ -36,22 +39,25 @@ __device__ void copy_own_rows(uint32_t tile, const void* any, RowAt row_at) {
   }
 }
 
-/// A warp starts copying 128 rows that follow one another; rows from `count` on are zeros.
-__device__ inline void copy_tile(uint32_t tile, const void* rows, int count) {
+/// A warp starts copying a tile's rows that follow one another; rows from `count` on are zeros.
+template <int height = hopper_tile>
+__device__ void copy_tile(uint32_t tile, const void* rows, int count) {
+  constexpr int half_bytes = height * 128;
   const int lane = static_cast<int>(threadIdx.x % 32), odd = lane / 16, chunk = lane % 16;
   const char* from = static_cast<const char*>(rows) + odd * 256 + chunk * 16;
   uint32_t to[4];  // two rows a step: the exchange repeats after four
 #pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] = tile + half_offset(2 * i + odd, chunk, half_128);
-  if (count >= 128) {
+  for (int i = 0; i < 4; ++i) to[i] = tile + half_offset(2 * i + odd, chunk, half_bytes);
+  if (count >= height) {
 #pragma unroll 1
-    for (int i = 0; i < 16; ++i, from += 2048)  // offsets are constants: 64 addresses would not fit the registers
+    for (int i = 0; i < height / 8;
+         ++i, from += 2048)  // offsets are constants: so many addresses would not fit the registers
       copy_four(to[0] + i * 1024, to[1] + i * 1024, to[2] + i * 1024, to[3] + i * 1024, from);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < height / 2; ++i) {
       const bool real = 2 * i + odd < count;
-      const uint32_t step_to = tile + half_offset(2 * i + odd, chunk, half_128);
+      const uint32_t step_to = tile + half_offset(2 * i + odd, chunk, half_bytes);
       copy_16(step_to, real ? from + i * 512 : rows, real);
     }
   }
@@ -79,12 +85,14 @@ __device__ inline void copy_rows(uint32_t tile, const void* rows, const int (&in
 /// Starts d = A B^T for a tile of 64 rows and one of 128.
 template <class Element>
 __device__ __forceinline__ void start_dots(Accumulators& d, uint32_t a, uint32_t b) {
+  // Made once: what makes an operand of an address would stand between the products.
+  const uint64_t first_a = operand(a, 16, 1024), first_b = operand(b, 16, 1024);
   pin(d);
   products_begin();
 #pragma unroll
   for (int k = 0; k < 8; ++k)
-    product<Element>(d, operand(a + k / 4 * half_64 + k % 4 * 32, 16, 1024),
-                     operand(b + k / 4 * half_128 + k % 4 * 32, 16, 1024), k > 0);
+    product<Element>(d, further(first_a, k / 4 * half_64 + k % 4 * 32), further(first_b, k / 4 * half_128 + k % 4 * 32),
+                     k > 0);
   products_end();
 }
 
@@ -109,12 +117,13 @@ struct SplitTile {
 /// Starts o += P V for a tile of 128 slots.
 template <class Element, bool fast>
 __device__ __forceinline__ void start_values(Accumulators& o, const SplitTile<fast>& p, uint32_t v) {
+  const uint64_t first = operand(v, half_128, 1024);
   pin(o);
   products_begin();
 #pragma unroll
-  for (int k = 0; k < 8; ++k) product<Element>(o, p.high[k], operand(v + k * 2048, half_128, 1024));
+  for (int k = 0; k < 8; ++k) product<Element>(o, p.high[k], further(first, k * 2048));
 #pragma unroll
-  for (int k = 0; !fast && k < 8; ++k) product<Element>(o, p.low[k], operand(v + k * 2048, half_128, 1024));
+  for (int k = 0; !fast && k < 8; ++k) product<Element>(o, p.low[k], further(first, k * 2048));
   products_end();
 }
 #endif

@@ -78,6 +78,8 @@ __device__ inline uint64_t operand(uint32_t address, int leading, int stride) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
 }
+/// The operand that lies some bytes further on.
+__device__ inline uint64_t further(uint64_t operand, int bytes) { return operand + static_cast<uint64_t>(bytes >> 4); }
 
 #define KV_ACC_NAMES                                                                                                 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"  \

@@ -45,6 +45,50 @@ __device__ void copy_row_tiles(const AttentionTask& task, const SlotTiles& tiles
 }
 #endif
 
+#ifdef KV_HOPPER
+/// Tensor cores cut off where they add, always towards 0: over 16k slots a sum loses 5e-5 of itself. So it goes to the task's
+/// output now and then and starts again from 0; what lies there is relative to `base`. A thread's two rows.
+struct LongSums {
+  static constexpr int tiles = 16;
+  float base[2];
+  bool began = false;
+
+  /// o += what lies there.
+  __device__ void fetch(Accumulators& o, const AttentionTask& task, const ThreadRows& rows, const RunningRows& running,
+                        int last) const {
+    if (!began) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (rows.pair[r] > last) continue;
+      const float now = running.base[r], factor = exp2_fast(base[r] - (now == -INFINITY ? 0.f : now));
+      const float* const from = output_of(task, rows.pair[r], hopper_dim);
+#pragma unroll
+      for (int n = 0; n < 16; ++n) {
+        const float2 part = *reinterpret_cast<const float2*>(from + 8 * n);
+        o[n][2 * r] = __fmaf_rn(part.x, factor, o[n][2 * r]);
+        o[n][2 * r + 1] = __fmaf_rn(part.y, factor, o[n][2 * r + 1]);
+      }
+    }
+  }
+
+  /// `o` goes there and is 0 again.
+  __device__ void put(Accumulators& o, const AttentionTask& task, const ThreadRows& rows, const RunningRows& running,
+                      int last) {
+    fetch(o, task, rows, running, last);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      base[r] = running.base[r];
+      if (rows.pair[r] > last) continue;
+      float* const to = output_of(task, rows.pair[r], hopper_dim);
+#pragma unroll
+      for (int n = 0; n < 16; ++n) *reinterpret_cast<float2*>(to + 8 * n) = make_float2(o[n][2 * r], o[n][2 * r + 1]);
+    }
+    set_zero(o);
+    began = true;
+  }
+};
+#endif
+
 /// `fast`: see block_attention.
 template <class Element, bool valued, bool fast>
 __global__ __launch_bounds__(HopperRows<valued>::threads,
@@ -84,7 +128,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
   }
   __syncthreads();
 
-  const int warpgroup = static_cast<int>(threadIdx.x / 128);
+  const int warpgroup = warpgroup_of_warp();
   if (warpgroup == 0) {
     fewer_registers<Layout::copying_registers>();
     const int buffer = static_cast<int>(threadIdx.x / 32);
@@ -122,6 +166,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
     Accumulators o;
     if constexpr (valued) {
       set_zero(o);
+      LongSums sums;
       SplitTile<fast> p;
       const auto start_sum = [&](int i) __attribute__((always_inline)) {
         const int buffer = Layout::keys_of(i) + 1;
@@ -144,11 +189,13 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
         pin(o);
         release(free + 8 * (Layout::keys_of(i - 1) + 1));
         rescale_rows(o, rescale);
+        if (i % LongSums::tiles == 0) sums.put(o, task, rows, running, last);
         p.template split<Element>(s);
       }
       start_sum(tiles.count - 1);
       await_products<0>();
       pin(o);
+      sums.fetch(o, task, rows, running, last);
     } else {
       // The warpgroups start their dots one after another, so that one's softmax runs under the others' dots.
       const int next = (mine + 1) % Layout::groups;

@@ -289,19 +289,30 @@ struct Play {
     __syncthreads();
   }
 
-  /// Every slot with stays[slot] == 0 goes; survivors from the end fill the holes, in any order. `move(from, to)` takes
+  /// The `gone` slots with stays[slot] == 0 go; survivors from the end fill the holes, in any order. `move(from, to)` takes
   /// along what else belongs to a slot; one thread a move. Needs and gives a barrier.
   template <class Move>
-  __device__ void remove_many(Move move) {
-    const int n = size;
+  __device__ void remove_many(int gone, Move move) {
+    const int n = size, kept = n - gone;
     int *place_of = unit.work[1], *hole = unit.work[2];
-    const int kept = team.number(
+    team.number(
         n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
-        [&](int i, bool, int before) { place_of[unit.order[i]] = before; });
-    team.for_each(n, [&](int s) {
-      const int token = unit.token[s];
-      if (!unit.stays[s] && unit.parent[token] == token) unit.parent[token] = -2 - now;
-    });
+        [&](int i, bool stays, int before) {
+          if (stays) place_of[unit.order[i]] = before;
+        });
+    struct Victim {
+      int token, parent;
+      bool stays;
+    };
+    team.for_each_read(
+        n,
+        [&](int s) {
+          const int token = unit.token[s];
+          return Victim{token, unit.parent[token], unit.stays[s] != 0};
+        },
+        [&](int, const Victim& v) {
+          if (!v.stays && v.parent == v.token) unit.parent[v.token] = -2 - now;
+        });
     __syncthreads();
     team.number(
         kept, [&](int s) { return unit.stays[s] == 0; },

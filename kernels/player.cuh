@@ -224,14 +224,16 @@ struct Player : Play {
     __syncthreads();
   }
 
-  /// One round: from candidates to a smaller cache. Needs and gives a barrier.
+  /// One round: from candidates to a smaller cache; `ahead` as select_slots has it. Needs and gives a barrier.
+  template <bool ahead = false>
   __device__ void compress(int buffer, int window_rows) {
     Player copy = *this;
-    compress_copy(copy, buffer, window_rows);
+    compress_copy<ahead>(copy, buffer, window_rows);
     follow(copy);
   }
 
-  /// Slots going[0 .. gone) leave, in token order. Gives a barrier.
+  /// The `gone` slots that do not stay leave, one by one in the order of `going`, which one alone and on_evict are asked for.
+  /// Gives a barrier.
   __device__ void drop(const int* going, int gone) {
     if (gone == 1) return drop_one(going[0]);
     if (gone == 0) return;
@@ -240,7 +242,7 @@ struct Player : Play {
       for (int i = 0; i < gone && threadIdx.x < 32; ++i) policy.on_evict(WarpRows{}, h, going[i]);
       __syncthreads();
     }
-    remove_many([&](int from, int to) { state(to) = state(from); });
+    remove_many(gone, [&](int from, int to) { state(to) = state(from); });
   }
 
   __device__ void drop_one(int victim) {
@@ -294,6 +296,7 @@ struct Player : Play {
   }
 
  private:
+  template <bool ahead>
   static __device__ __noinline__ void compress_copy(Player& p, int buffer, int window_rows) {
     const Unit& unit = p.unit;
     const BlockTeam team = p.team;
@@ -303,11 +306,12 @@ struct Player : Play {
     if (traits.select == Select::links)
       select_links(p, c, traits, unit.work[0], unit.work[1]);
     else
-      select_slots(p, c, unit.work[0]);
-    mark_slots(p, unit.work[0]);
+      select_slots<ahead>(p, c, unit.work[0]);
+    constexpr bool folds = detail::declares_on_merge<P>, evicts_by_hook = detail::declares_on_evict<P>;
+    int gone = mark_slots<ahead>(p, unit.work[0]);
     if (traits.select == Select::links)
       link_targets(p, traits.picks);
-    else
+    else if (folds || evicts_by_hook || detail::declares_on_selected<P>)  // who may look at targets
       team.for_each(p.size, [&](int s) { unit.target[s] = -1; });
     __syncthreads();
     if constexpr (detail::declares_on_merge<P>)
@@ -316,14 +320,16 @@ struct Player : Play {
       p.policy.on_selected(team, h);
       __syncthreads();
     }
-    int* going = unit.work[0];  // victims in token order
-    const int gone = team.number(
-        p.size, [&](int i) { return unit.stays[unit.order[i]] == 0; },
-        [&](int i, bool goes, int before) {
-          if (goes) going[before] = unit.order[i];
-        });
-    __syncthreads();
-    if (!detail::declares_on_merge<P> || !traits.merges) {
+    int* going = unit.work[0];  // victims in token order, where somebody asks for them
+    if (folds || evicts_by_hook || gone == 1) {
+      gone = team.number(
+          p.size, [&](int i) { return unit.stays[unit.order[i]] == 0; },
+          [&](int i, bool goes, int before) {
+            if (goes) going[before] = unit.order[i];
+          });
+      __syncthreads();
+    }
+    if (!folds || !traits.merges) {
       if (threadIdx.x == 0) p.progress.evictions += gone;
       if (traits.select == Select::links) count_as_if_merged(p, traits.clip);
       p.drop(going, gone);

@@ -133,6 +133,11 @@ __device__ __forceinline__ void rescale_rows(float (&o)[N][4], float2 factor) {
   }
 }
 
+/// Where a thread's part of a pair's output begins; eight values on comes the next two of it.
+__device__ inline float* output_of(const AttentionTask& task, int pair, int value_dim) {
+  return task.output + static_cast<long>(pair) * value_dim + 2 * (static_cast<int>(threadIdx.x) % 4);
+}
+
 /// Writes two rows' log-sum-exps and, if `valued`, outputs.
 template <int N>
 __device__ __forceinline__ void store_rows(const AttentionTask& task, const AttentionShape& shape,
@@ -149,7 +154,7 @@ __device__ __forceinline__ void store_rows(const AttentionTask& task, const Atte
     const RowEnd end = finish_row(task, pair % shape.group, running.base[r], sum, shift);
     if (lane % 4 == 0) task.lse[pair] = end.lse;
     if (!valued) continue;
-    float* const out = task.output + static_cast<long>(pair) * shape.value_dim + 2 * (lane % 4);
+    float* const out = output_of(task, pair, shape.value_dim);
 #pragma unroll
     for (int n = 0; n < N; ++n)
       if (8 * n < shape.value_dim)

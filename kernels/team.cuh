@@ -31,19 +31,20 @@ struct BlockTeam {
   }
   __device__ void sync() const { __syncthreads(); }
 
-  /// f(i, read(i)) for every i < n. Four are read before the first is used: stores of one do not hold up loads of the next.
-  template <class Read, class F>
+  /// f(i, read(i)) for every i < n. `ahead` are read before the first is used: stores of one do not hold up loads of the next,
+  /// nor does what `read` makes of them, as long as it has no branches.
+  template <int ahead = 4, class Read, class F>
   __device__ void for_each_read(int n, Read read, F f) const {
-    constexpr int ahead = 4;
-    for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
+    int i = static_cast<int>(threadIdx.x);
+    for (; i + (ahead - 1) * team_threads < n; i += ahead * team_threads) {
       decltype(read(0)) mine[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < n) mine[k] = read(i);
+      for (int k = 0; k < ahead; ++k) mine[k] = read(i + k * team_threads);
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < n) f(i, mine[k]);
+      for (int k = 0; k < ahead; ++k) f(i + k * team_threads, mine[k]);
     }
+#pragma unroll 1
+    for (; i < n; i += team_threads) f(i, read(i));
   }
 
   /// As HostTeam::sum, in the same order of additions.
@@ -133,35 +134,38 @@ struct BlockTeam {
       const int other = __shfl_up_sync(~0u, sum, k);
       if (threadIdx.x % 32 >= static_cast<unsigned>(k)) sum += other;
     }
-    if (threadIdx.x % 32 == 31) memory->warp_sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    int total = 0, lower = 0;
-    for (unsigned w = 0; w < team_warps; ++w) {
-      lower += w < threadIdx.x / 32 ? memory->warp_sums[w] : 0;
-      total += memory->warp_sums[w];
-    }
-    __syncthreads();
-    before = lower + sum - x;
+    const int total = scan_warps(__shfl_sync(~0u, sum, 31), before);
+    before += sum - x;
     return total;
   }
 
-  /// f(i, has(i), how many j < i have the property) for every i < n, in rounds of four neighbours a thread; returns how many
-  /// have it in all. What f(i) writes no other has(j) may read.
+  /// f(i, has(i), how many j < i have the property) for every i < n; returns how many have it in all. In each round a warp
+  /// asks for eight times 32 neighbours before f is called for the first. What f(i) writes no other has(j) may read.
   template <class Has, class F>
   __device__ int number(int n, Has has, F f) const {
-    constexpr int each = 4;
+    constexpr int each = 8;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     int so_far = 0;
     for (int first = 0; first < n; first += each * team_threads) {
-      const int mine = first + each * static_cast<int>(threadIdx.x);
+      const int mine = first + each * 32 * warp + lane;
       bool has_it[each];
-      int sum = 0, before = 0;
+      if (first + each * team_threads <= n) {  // without a branch between their loads
 #pragma unroll
-      for (int k = 0; k < each; ++k) has_it[k] = mine + k < n && has(mine + k), sum += has_it[k];
-      const int total = scan(sum, before);
+        for (int k = 0; k < each; ++k) has_it[k] = has(mine + 32 * k);
+      } else {
+#pragma unroll
+        for (int k = 0; k < each; ++k) has_it[k] = mine + 32 * k < n && has(mine + 32 * k);
+      }
+      unsigned have[each];
+      int of_warp = 0, before;
+#pragma unroll
+      for (int k = 0; k < each; ++k) have[k] = __ballot_sync(~0u, has_it[k]), of_warp += __popc(have[k]);
+      const int total = scan_warps(of_warp, before);
+      before += so_far;
 #pragma unroll
       for (int k = 0; k < each; ++k) {
-        if (mine + k < n) f(mine + k, has_it[k], so_far + before);
-        before += has_it[k];
+        if (mine + 32 * k < n) f(mine + 32 * k, has_it[k], before + __popc(have[k] & ((1u << lane) - 1)));
+        before += __popc(have[k]);
       }
       so_far += total;
     }
@@ -172,7 +176,7 @@ struct BlockTeam {
   template <class Has>
   __device__ int count(int n, Has has) const {
     int mine = 0, before;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = static_cast<int>(threadIdx.x); i < n; i += team_threads) mine += has(i) ? 1 : 0;
     return scan(mine, before);
   }
@@ -234,6 +238,20 @@ struct BlockTeam {
       }
     }
     __syncthreads();
+  }
+
+  /// How many the warps' x add up to, and in `before` those of lower warps.
+  __device__ int scan_warps(int x, int& before) const {
+    if (threadIdx.x % 32 == 0) memory->warp_sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    int total = 0;
+    before = 0;
+    for (unsigned w = 0; w < team_warps; ++w) {
+      before += w < threadIdx.x / 32 ? memory->warp_sums[w] : 0;
+      total += memory->warp_sums[w];
+    }
+    __syncthreads();
+    return total;
   }
 };
 

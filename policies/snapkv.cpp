@@ -24,12 +24,24 @@ struct SnapKV : kv::Policy {
     float vote = kv::protect;  // until a compression finds the token before the window
   };
 
+  struct Scratch {
+    float vote = 0;  // of the group on the slot at a place, not pooled yet
+  };
+
   KV_HD kv::Traits traits() const { return {.observation_window = window, .window_once = true}; }
   KV_HD void on_compress(auto team, auto& head) const {
     const bool voting = head.phase() == kv::Phase::prompt || head.compressions() == 0;
-    const int start = head.now() - window + 1;
-    team.for_each(head.size(), [&](int s) {
-      if (voting && head.token(s) < start) head.state(s).vote = pooled(head, s, start);
+    const int prefix = voting ? places_before(head, head.now() - window + 1) : 0;
+    if (prefix > 0 && order == Order::group_then_pool) {
+      team.for_each(head.size(), [&](int s) {
+        const auto seen = head.seen(s);
+        head.scratch(head.place(s)).vote = reduce(group, head.info().group, [&](int g) { return seen[g]; });
+      });
+      team.sync();
+    }
+    team.for_each(head.size(), [&](int place) {
+      const int s = head.at(place);
+      if (place < prefix) head.state(s).vote = pooled(head, place, prefix);
       head.score(s) = head.state(s).vote;
     });
   }
@@ -43,19 +55,28 @@ struct SnapKV : kv::Policy {
     }
     return how == Reduce::mean ? sum / static_cast<float>(n) : best;
   }
-  KV_HD float pooled(auto& head, int s, int start) const {
-    const auto voter = [&](int k) {  // -1 beyond the prefix: a vote of 0
-      const int t = head.neighbour(s, k - kernel / 2);
-      return t >= 0 && head.token(t) < start ? t : -1;
-    };
-    const auto vote = [&](int t, int g) { return t >= 0 ? head.seen(t)[g] : 0.f; };
-    const int heads = head.info().group;
-    if (order == Order::group_then_pool)
+  /// How many slots hold tokens before `start`: the first places.
+  KV_HD static int places_before(auto& head, int start) {
+    int low = 0, high = head.size();
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (head.token(head.at(middle)) < start)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+  KV_HD float pooled(auto& head, int place, int prefix) const {  // beyond the prefix: votes of 0
+    const auto pool_of = [&](auto vote) {
       return reduce(pool, kernel, [&](int k) {
-        const int t = voter(k);
-        return reduce(group, heads, [&](int g) { return vote(t, g); });
+        const int voter = place + k - kernel / 2;
+        return voter >= 0 && voter < prefix ? vote(voter) : 0.f;
       });
-    return reduce(group, heads, [&](int g) { return reduce(pool, kernel, [&](int k) { return vote(voter(k), g); }); });
+    };
+    if (order == Order::group_then_pool) return pool_of([&](int voter) { return head.scratch(voter).vote; });
+    return reduce(group, head.info().group,
+                  [&](int g) { return pool_of([&](int voter) { return head.seen(head.at(voter))[g]; }); });
   }
 };
 KV_REGISTER(SnapKV);

@@ -173,7 +173,7 @@ std::vector<ProblemShape> shapes() {
   for (Dtype type : {bf16, fp16})
     for (int group : {1, 3, 4, 8})
       for (const auto& [rows, slots] :
-           {std::pair{1, 1}, {1, 1000}, {16, 17}, {64, 64}, {129, 128}, {300, 1000}, {300, 300}})
+           {std::pair{1, 1}, {1, 1000}, {16, 17}, {64, 64}, {129, 128}, {300, 1000}, {300, 300}, {33, 2700}})
         if (type == bf16 || rows == 300)
           all.push_back({.elements = type,
                          .group = group,
@@ -233,6 +233,28 @@ TEST(BlockAttentionTasks, OfAWindowShareTheirQueriesOverManySlots) {
       SCOPED_TRACE(fmt::format("{} rows, d {}", rows, dim));
       check(older);
       check(other);
+    }
+}
+
+TEST(BlockAttentionTasks, OfWindowsAndBlocksOfDifferentSizesShareBlocksOfThreads) {
+  if (no_device()) GTEST_SKIP() << "no CUDA device";
+  for (const std::vector<int>& rows : {std::vector{64, 0, 30, 57}, {128, 90, 0, 50}, {140, 1, 300, 0}})
+    for (int group : {1, 6}) {  // six heads are more than two tiles of a window
+      std::vector<std::unique_ptr<Problem>> problems;
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const int slots = 310 + 220 * static_cast<int>(i);
+        problems.push_back(std::make_unique<Problem>(
+            ProblemShape{.group = group, .rows = rows[i], .slots = slots, .older = slots - rows[i], .bias = i == 2},
+            static_cast<unsigned>(i)));
+        problems.back()->spoil();
+      }
+      std::vector<Problem*> all;
+      for (std::size_t i = 0; i < 24; ++i) all.push_back(problems[(i + i / 5) % problems.size()].get());
+      Launch(all).run();
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        SCOPED_TRACE(fmt::format("{} rows, group {}", rows[i], group));
+        check(*problems[i]);
+      }
     }
 }
 

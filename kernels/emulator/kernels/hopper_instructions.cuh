@@ -39,6 +39,8 @@ inline uint64_t operand(uint32_t address, int leading, int stride) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32;
 }
+/// The operand that lies some bytes further on.
+inline uint64_t further(uint64_t operand, int bytes) { return operand + static_cast<uint64_t>(bytes >> 4); }
 
 namespace emulated {
 
