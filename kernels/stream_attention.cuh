@@ -76,11 +76,13 @@ class Stream {
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
       fetch<true>(after, at);
-      unsigned high[2], low[2];
-      soften(tile, dots, high, low);
       await_copies<2 * depth - 1>();
       __syncwarp();
-      add_values(at, high, low);
+      uint4 rows[4];
+      read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
+      unsigned high[2], low[2];
+      soften(tile, dots, high, low);
+      add_values(at, rows, high, low);
       __syncwarp();
       fetch<false>(after, at);
       if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
@@ -204,21 +206,32 @@ class Stream {
             ? shared_address(memory_.probe) + static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
             : 0;
 #pragma unroll
-    for (int j = 0; j < key_chunks; ++j) {
-      const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
-      // Chunk column() + 4 j of the key; in odd rows j and j ^ 1 have changed places.
-      const unsigned at = (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * 128;
+    for (int j0 = 0; j0 < key_chunks; j0 += 2) {
+      uint4 query[2], key[2][2];
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const uint4 key = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
-        Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
-        Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
-        if constexpr (probing == Probing::apart) {
-          const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
-          Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
-          Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
-        }
+      for (int k = 0; k < 2; ++k) {
+        const int j = j0 + k;
+        query[k] = load_shared(query_ + static_cast<unsigned>(j) * 64);
+        // Chunk column() + 4 j of the key; in odd rows j and j ^ 1 have changed places.
+        const unsigned at =
+            (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * 128;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) key[k][t] = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
       }
+      __syncwarp();  // or the compiler may load one by one, each into the registers of the last
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const uint32_t a[4] = {query[k].x, query[k].y, query[k].z, query[k].w};
+          Words<Element>::mma(first[t], a, key[k][t].x, key[k][t].y);
+          Words<Element>::mma(second[t], a, key[k][t].z, key[k][t].w);
+          if constexpr (probing == Probing::apart) {
+            const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j0 + k) * 64);
+            Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key[k][t].x, key[k][t].y);
+            Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key[k][t].z, key[k][t].w);
+          }
+        }
     }
 #pragma unroll
     for (int t = 0; t < 2; ++t)
@@ -298,17 +311,24 @@ class Stream {
     for (auto& part : output_) part[0] *= one, part[1] *= other, part[2] *= one, part[3] *= other;
   }
 
-  /// Values are the left operand, a channel a row; the probabilities of all heads are the right one, as they came out of
-  /// the dots.
-  __device__ __forceinline__ void add_values(unsigned stage_at, const unsigned (&high)[2], const unsigned (&low)[2]) {
+  /// Rows of four blocks of 16 channels.
+  __device__ __forceinline__ void read_values(unsigned stage_at, int first, uint4 (&rows)[4]) const {
 #pragma unroll
-    for (int b = 0; b < value_blocks; b += 2) {
-      const uint4 rows = load_turned(value_place(stage_at, b));
-      const uint4 next = load_turned(value_place(stage_at, b + 1));
-      Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, high[0], high[1]);
-      Words<Element>::mma(output_[b + 1], {next.x, next.y, next.z, next.w}, high[0], high[1]);
-      Words<Element>::mma(output_[b], {rows.x, rows.y, rows.z, rows.w}, low[0], low[1]);
-      Words<Element>::mma(output_[b + 1], {next.x, next.y, next.z, next.w}, low[0], low[1]);
+    for (int i = 0; i < 4; ++i) rows[i] = load_turned(value_place(stage_at, first + i));
+  }
+  /// Values are the left operand, a channel a row; the probabilities of all heads are the right one, as they came out of
+  /// the dots. `rows`: of the first four blocks.
+  __device__ __forceinline__ void add_values(unsigned stage_at, uint4 (&rows)[4], const unsigned (&high)[2],
+                                             const unsigned (&low)[2]) {
+#pragma unroll
+    for (int b = 0; b < value_blocks; b += 4) {
+      if (b > 0) read_values(stage_at, b, rows);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, high[0], high[1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, low[0], low[1]);
     }
   }
 
@@ -326,37 +346,6 @@ class Stream {
   float output_[value_blocks][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };
-
-/// Fills RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
-/// follow.
-__device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries) {
-  const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
-  for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
-    const int head = i / chunks, chunk = i % chunks;
-    uint4 words{};
-    if (head < look.group && chunk * 8 < look.key_dim)
-      words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(from.first) + head * from.stride +
-                                              chunk * 8);
-    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = {words.x, words.z, words.y, words.w};
-  }
-}
-
-/// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
-/// queries. By one warp; a barrier must follow.
-template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words, Probing where) {
-  const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
-  for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
-    float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
-    for (int part = 0; part < 3; ++part) {
-      const unsigned word = Words<Element>::pack(x, y);
-      const float2 taken = Words<Element>::unpack(word);
-      x -= taken.x, y -= taken.y;
-      words[part * pitch + turned_channel(2 * i) / 2] = word;
-    }
-    if (where == Probing::apart) words[3 * pitch + i] = 0;
-  }
-}
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, Probing probing>

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/row_memory.hpp"
+#include "kernels/tensor_words.cuh"
 
 namespace kv {
 
@@ -78,5 +79,36 @@ __device__ inline float logit_of(const RowLook& look, float dot) {
 }
 
 }  // namespace detail
+
+/// Fills RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
+/// follow.
+__device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries) {
+  const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
+  for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
+    const int head = i / chunks, chunk = i % chunks;
+    uint4 words{};
+    if (head < look.group && chunk * 8 < look.key_dim)
+      words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(from.first) + head * from.stride +
+                                              chunk * 8);
+    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = {words.x, words.z, words.y, words.w};
+  }
+}
+
+/// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
+/// queries. By one warp; a barrier must follow.
+template <class Element>
+__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words, Probing where) {
+  const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
+  for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
+    float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
+    for (int part = 0; part < 3; ++part) {
+      const unsigned word = Words<Element>::pack(x, y);
+      const float2 taken = Words<Element>::unpack(word);
+      x -= taken.x, y -= taken.y;
+      words[part * pitch + turned_channel(2 * i) / 2] = word;
+    }
+    if (where == Probing::apart) words[3 * pitch + i] = 0;
+  }
+}
 
 }  // namespace kv
