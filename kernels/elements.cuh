@@ -90,9 +90,19 @@ __device__ inline void move_rows(void* rows, int row_bytes, int count, const int
   const auto move = [&]<class Word>(Word) {
     const int words = row_bytes / static_cast<int>(sizeof(Word));
     Word* const all = static_cast<Word*>(rows);
-    for (int i = static_cast<int>(threadIdx.x); i < count * words; i += team_threads)
-      all[static_cast<long>(to[i / words]) * words + i % words] =
-          all[static_cast<long>(from[i / words]) * words + i % words];
+    const auto word_of = [&](const int* row, int i) -> Word& {
+      return all[static_cast<long>(row[i / words]) * words + i % words];
+    };
+    constexpr int ahead = 4;
+    int i = static_cast<int>(threadIdx.x);
+    for (; i + (ahead - 1) * team_threads < count * words; i += ahead * team_threads) {
+      Word word[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) word[k] = word_of(from, i + k * team_threads);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) word_of(to, i + k * team_threads) = word[k];
+    }
+    for (; i < count * words; i += team_threads) word_of(to, i) = word_of(from, i);
   };
   row_bytes % 16 == 0 ? move(uint4{}) : move(std::uint16_t{});
 }
