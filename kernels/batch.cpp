@@ -33,6 +33,17 @@ std::vector<int> tokens_between(int first, int last) {
   return tokens;
 }
 
+/// Launch::plain_width of the steps of a plan.
+int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPlan& plan) {
+  const bool plain = trace.elements == Dtype::bfloat16 &&
+                     streams(trace.elements, trace.key_dim, trace.value_dim, trace.group) && trace.softcap == 0 &&
+                     std::ranges::none_of(header.layers, [](const LayerInfo& layer) { return layer.window > 0; }) &&
+                     plan.settings.positions == Positions::absolute && !plan.settings.mass &&
+                     !plan.traits.future_mass && plan.traits.future_queries.horizon == 0 &&
+                     (!plan.traits.key_probe || probe_fits(trace.group));
+  return plain ? stream_width(trace.key_dim, trace.value_dim) : 0;
+}
+
 }  // namespace
 
 Launch Batch::stage(Stage what, const BlockRange& block) const {
@@ -71,6 +82,7 @@ void Batch::look(Launch launch, const std::vector<int>& rows, bool outputs, bool
   AttentionShape shape = trace_.shape();
   shape.fast = plan_.settings.precision == Precision::fast && !launch.probing;  // a probe's outputs decide what goes
   if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(phase, stream_));
+  if (plan_.settings.positions != Positions::absolute) turn_look(span(), tasks_.data(), bounds, stream_);
   block_attention(shape, tasks_.data(), bounds, stream_);
   if (timing_ != Timing::none) prompt_timers_.back()->stop(stream_);
   if (!sums) return;
@@ -83,10 +95,8 @@ void Batch::look(Launch launch, const std::vector<int>& rows, bool outputs, bool
 }
 
 void Batch::probe(const BlockRange& block, bool first_round) {
-  Launch launch = stage(Stage::place, block);
-  launch.first_round = first_round;
-  play(launch, TimedPhase::observe);
-  launch.probing = true;
+  Launch launch = stage(Stage::look, block);
+  launch.first_round = first_round, launch.probing = true;
   const bool wants_gradient = plan_.traits.key_gradient != KeyGradient::none;
   const std::vector<int> rows = tokens_between(block.first, block.last);
   look(launch, rows, wants_gradient, true, TimedPhase::observe);
@@ -120,7 +130,10 @@ void Batch::take(const BlockRange& block) {
   const std::vector<int> rows = observes ? tokens_between(block.first, block.last) : measured;
   look(launch, rows, !measured.empty(), observes, TimedPhase::attend);
   launch.rows = device_rows(rows), launch.row_count = static_cast<int>(rows.size());
-  if (!measured.empty()) {
+  if (!measured.empty())
+    measure_look(span(), tasks_.data(), launch.row_count, measured_of_token_.data(), static_cast<int>(all.size()),
+                 stream_);
+  if (!measured.empty() && plan_.settings.mass) {
     launch.stage = Stage::measure;
     program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);
   }
@@ -138,7 +151,7 @@ bool Batch::may_be_due(const BlockRange& block) const {
 }
 
 bool Batch::any_more() {
-  if (plan_.traits.select != Select::links || plan_.traits.picks != Picks::disjoint) return false;
+  if (!in_rounds(plan_.traits)) return false;
   std::vector<Progress> progress(units_.size());
   KV_CUDA_TRY(cudaMemcpyAsync(progress.data(), progress_.data(), progress.size() * sizeof(Progress),
                               cudaMemcpyDeviceToHost, stream_));
@@ -170,8 +183,6 @@ void Batch::compress(const BlockRange& block, bool probes) {
     if (!any_more()) break;
     if (probes) probe(block, false);
   }
-  launch.stage = Stage::count;
-  program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);
   ++compressions_;
   if (traits.needs_budget()) slots_bound_ = std::min(slots_bound_, plan_.largest_budget);
 }
@@ -214,7 +225,7 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const BlockRange& begin = plan_.blocks[first];
   Launch launch = stage(Stage::steps, begin);
   launch.last = begin.first + static_cast<int>(count);
-  launch.last_compresses = last_compresses;
+  launch.last_compresses = last_compresses, launch.plain_width = plain_width(trace_.data, header_, plan_);
   const bool compresses =
       plan_.traits.compresses && (begin.phase == Phase::prompt || plan_.settings.compress == Compress::always);
   launch.together = plan_.traits.scope == Scope::layer && trace_.data.kv_heads > 1 && compresses;

@@ -199,7 +199,8 @@ std::vector<DecodeCase> decode_cases() {
     add({"", "keydiff", {}, budget});
   }
   add({"", "weighted_kv", {}, 1024, 1, 1.12, 1.03});
-  add({"", "cam", {}, 1024, 1, 1.12, 1.03});
+  add({"", "zsmerge", {}, 1024, 1, 1.12, 1.03});  // merges with multiplicities
+  add({"", "cam", {}, 1024, 1, 0, 0});            // 32 values a token are read and written beside
   for (const char* policy : {"h2o", "streaming_llm", "keydiff"}) add({"", policy, {}, 256, 1, 0.70, 0.50});
   add({"tova (per head)", "tova", per_head, 256, 1, 0.70, 0.50});
   add({"", "weighted_kv", {}, 256, 1, 0.70, 0.50});

@@ -54,39 +54,32 @@ __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bo
 }
 
 /// f(slot, score) for every slot that no head of the layer holds safe: unit.score_at of one buffer, NaN where safe, added up
-/// over the heads in order. Four neighbouring slots a thread.
+/// over the heads in order. Twice four neighbouring slots a thread, whose loads go out together.
 template <class F>
 __device__ void each_sum_over_heads(const Fixed& fixed, int buffer, int size, F f) {
   // Units have one layout, one behind the other.
   const Unit* mates = fixed.units + fixed.unit.first_head;
   const float* first = mates[0].score_at[buffer];
   const long apart = fixed.unit.layer_heads > 1 ? mates[1].score_at[buffer] - first : 0;
-  for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += 4 * team_threads) {
-    float sum[4] = {};
+  constexpr int groups = 2, step = 4 * team_threads;
+  for (int s = 4 * static_cast<int>(threadIdx.x); s < size; s += groups * step) {
+    float sum[groups][4] = {};
 #pragma unroll 8
-    for (int h = 0; h < fixed.unit.layer_heads; ++h) {
-      const float4 theirs = __ldcg(reinterpret_cast<const float4*>(first + h * apart + s));
-      const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
+    for (int h = 0; h < fixed.unit.layer_heads; ++h)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = h == 0 ? each[i] : sum[i] + each[i];
-    }
+      for (int k = 0; k < groups; ++k) {
+        if (s + k * step >= size) continue;
+        const float4 theirs = __ldcg(reinterpret_cast<const float4*>(first + h * apart + s + k * step));
+        const float each[4] = {theirs.x, theirs.y, theirs.z, theirs.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (s + i < size && !isnan(sum[i])) f(s + i, sum[i]);
+        for (int i = 0; i < 4; ++i) sum[k][i] = h == 0 ? each[i] : sum[k][i] + each[i];
+      }
+#pragma unroll
+    for (int k = 0; k < groups; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (s + k * step + i < size && !isnan(sum[k][i])) f(s + k * step + i, sum[k][i]);
   }
-}
-
-/// Entry i of all heads' candidates of one buffer together: scores add up, the higher safety wins.
-__device__ inline float sum_over_heads(const Fixed& fixed, int buffer, int i, std::uint8_t& safety) {
-  float score = 0;
-  for (int h = 0; h < fixed.unit.layer_heads; ++h) {
-    const Unit& other = fixed.units[fixed.unit.first_head + h];
-    const float theirs = __ldcg(other.score_at[buffer] + i);
-    const std::uint8_t safe = __ldcg(other.safety_at[buffer] + i);
-    score = h == 0 ? theirs : score + theirs;
-    safety = safe > safety ? safe : safety;
-  }
-  return score;
 }
 
 /// The candidates that decide: the unit's own, or the sums over its layer's heads, whose arrays must be complete. Gives a
@@ -94,10 +87,21 @@ __device__ inline float sum_over_heads(const Fixed& fixed, int buffer, int i, st
 __device__ __noinline__ inline DeviceCandidates decisive(const Play& play, bool together, int buffer) {
   const Unit& unit = play.unit;
   if (!together || unit.layer_heads == 1) return {unit.score_at[buffer], unit.safety_at[buffer]};
-  play.team.for_each(play.size, [&](int i) {
+  const Unit* mates = play.fixed.units + unit.first_head;  // of one layout, one behind the other
+  const float* scores = mates[0].score_at[buffer];
+  const std::uint8_t* safeties = mates[0].safety_at[buffer];
+  const long scores_apart = mates[1].score_at[buffer] - scores, safeties_apart = mates[1].safety_at[buffer] - safeties;
+  play.team.for_each(play.size, [&](int i) {  // scores add up, the higher safety wins
+    float score = 0;
     std::uint8_t safety = 0;
-    unit.all_score[i] = sum_over_heads(play.fixed, buffer, i, safety);
-    unit.all_safety[i] = safety;
+#pragma unroll 8
+    for (int h = 0; h < unit.layer_heads; ++h) {
+      const float theirs = __ldcg(scores + h * scores_apart + i);
+      const std::uint8_t safe = __ldcg(safeties + h * safeties_apart + i);
+      score = h == 0 ? theirs : score + theirs;
+      safety = safe > safety ? safe : safety;
+    }
+    unit.all_score[i] = score, unit.all_safety[i] = safety;
   });
   __syncthreads();
   return {unit.all_score, unit.all_safety};
@@ -253,25 +257,37 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   team.for_each(n, [&](int i) { state[i] = takes(i) ? undecided : out; });
   __syncthreads();
   const auto below = [&](int i, int j) {  // whether link i is picked before its neighbour j
-    const float a = scored ? c.score[i] : 0.f, b = scored ? c.score[j] : 0.f;
-    return a < b || (a == b && i < j);
+    const float a = c.score[i], b = c.score[j];
+    return scored ? a < b || (a == b && i < j) : i < j;
   };
   for (bool more = true; more;) {
-    team.for_each(links, [&](int i) {
-      if (state[i] != undecided) return;
-      const bool left_waits = i > 0 && state[i - 1] == undecided, right_waits = state[i + 1] == undecided;
-      goes[i] = (!left_waits || below(i, i - 1)) && (!right_waits || below(i, i + 1));
-    });
+    team.for_each_read(
+        links,
+        [&](int i) {
+          const int left = max(i - 1, 0), right = i + 1;
+          const bool waits = state[i] == undecided, left_waits = state[left] == undecided && left < i,
+                     right_waits = state[right] == undecided, before_left = below(i, left),
+                     before_right = below(i, right);
+          return waits && (!left_waits || before_left) && (!right_waits || before_right);
+        },
+        [&](int i, bool lowest) { goes[i] = lowest; });
     __syncthreads();
+    struct Link {
+      int state;
+      bool picked, beside;  // beside: a neighbour is picked
+    };
     int changed = 0;
-    team.for_each(links, [&](int i) {
-      if (state[i] != undecided || !goes[i]) return;
-      state[i] = in, changed = 1;
-    });
-    __syncthreads();
-    team.for_each(links, [&](int i) {
-      if (state[i] == undecided && ((i > 0 && state[i - 1] == in) || state[i + 1] == in)) state[i] = out;
-    });
+    team.for_each_read(
+        links,
+        [&](int i) {
+          const int left = goes[max(i - 1, 0)], right = goes[i + 1];
+          return Link{state[i], goes[i] != 0, (i > 0 && left != 0) || right != 0};
+        },
+        [&](int i, const Link& link) {
+          if (link.state != undecided) return;
+          if (link.picked) state[i] = in, changed = 1;
+          if (link.beside) state[i] = out;
+        });
     more = __syncthreads_or(changed) != 0;
   }
   team.for_each(n, [&](int i) { goes[i] = 0; });
@@ -317,15 +333,20 @@ __device__ __noinline__ int mark_slots(const Play& play, const int* goes) {
 /// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.
 __device__ __noinline__ inline void link_targets(const Play& play, Picks picks) {
   const Unit& unit = play.unit;
-  play.team.for_each(play.size, [&](int i) {
-    const int slot = unit.order[i];
-    unit.target[slot] = -1;
-    if (unit.stays[slot]) return;
-    int left = i - 1;
-    if (picks == Picks::fold)
-      while (left >= 0 && !unit.stays[unit.order[left]]) --left;
-    unit.target[slot] = left >= 0 ? unit.order[left] : -1;
-  });
+  struct Place {
+    int slot, target;
+  };
+  play.team.for_each_read(
+      play.size,
+      [&](int i) {
+        const int slot = unit.order[i];
+        int left = i - 1;
+        if (picks == Picks::fold && !unit.stays[slot])
+          while (left >= 0 && !unit.stays[unit.order[left]]) --left;
+        const int target = unit.order[max(left, 0)];
+        return Place{slot, unit.stays[slot] || left < 0 ? -1 : target};
+      },
+      [&](int, const Place& place) { unit.target[place.slot] = place.target; });
   __syncthreads();
 }
 

@@ -109,12 +109,11 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, const Session& session, int i
   data_.inv_freq = trace.inv_freq(), data_.rope_step = tables.step;
   data_.q_rotated = data_.q, data_.k_rotated = data_.k;
   if (turns(header, info)) {
+    const Rotation shape{t.elements, tables.step, t.key_dim, t.pairs, t.half_style};
     const auto rotate = [&](const void* from, const int* token, int heads, int count) -> const void* {
       const long rows = static_cast<long>(heads) * count;
       char* const to = keep(static_cast<std::size_t>(rows * t.key_dim * bytes_of(t.elements)));
-      rotate_rows({from, to, t.elements, tables.step, rows, count, t.key_dim, t.pairs, t.half_style, token,
-                   tables.own_cos.data(), tables.own_sin.data()},
-                  upload.stream());
+      rotate_rows({from, to, shape, rows, count, token, tables.own_cos.data(), tables.own_sin.data()}, upload.stream());
       return to;
     };
     data_.q_rotated = rotate(data_.q, keep(token_of_row), t.kv_heads * t.group, data_.query_rows);

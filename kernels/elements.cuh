@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/row_memory.hpp"
+#include "policies/views.hpp"
 
 namespace kv {
 
@@ -20,13 +21,17 @@ __host__ __device__ inline float load_element(const void* data, Dtype dtype, lon
                                  : widen(dtype, static_cast<const std::uint16_t*>(data)[i]);
 }
 
+/// A value as a 16-bit word of `dtype`, rounded to nearest even.
+__device__ inline std::uint16_t narrow(Dtype dtype, float x) {
+  return dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+}
+
 /// Writes a value that `dtype` can store exactly, or rounds it to nearest even.
 __device__ inline void store_element(void* data, Dtype dtype, long i, float x) {
   if (dtype == Dtype::float32)
     static_cast<float*>(data)[i] = x;
   else
-    static_cast<std::uint16_t*>(data)[i] =
-        dtype == Dtype::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+    static_cast<std::uint16_t*>(data)[i] = narrow(dtype, x);
 }
 
 /// Whether rows of `dim` elements can be read and written 8 elements at a time.
@@ -40,12 +45,44 @@ __device__ inline void load_eight(const void* data, Dtype dtype, long i, float (
   for (int k = 0; k < 8; ++k) x[k] = widen(dtype, static_cast<std::uint16_t>(word[k / 2] >> k % 2 * 16));
 }
 
+/// The same of what load_eight reads.
+__device__ inline void store_eight(void* data, Dtype dtype, long i, const float (&x)[8]) {
+  unsigned word[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    word[k] = narrow(dtype, x[2 * k]) | static_cast<unsigned>(narrow(dtype, x[2 * k + 1])) << 16;
+  *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(data) + i) = make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+/// Elements i .. i + width - 1: one of any array, or eight of a 16-bit one, i a multiple of 8.
+template <int width>
+__device__ void load_channels(const void* data, Dtype dtype, long i, float (&x)[width]) {
+  if constexpr (width == 8)
+    load_eight(data, dtype, i, x);
+  else
+    x[0] = load_element(data, dtype, i);
+}
+template <int width>
+__device__ void store_channels(void* data, Dtype dtype, long i, const float (&x)[width]) {
+  if constexpr (width == 8)
+    store_eight(data, dtype, i, x);
+  else
+    store_element(data, dtype, i, x[0]);
+}
+
 /// core/rounding.hpp's round_to.
 __device__ inline float round_as(Dtype dtype, float x) {
   return dtype == Dtype::bfloat16  ? __bfloat162float(__float2bfloat16_rn(x))
          : dtype == Dtype::float16 ? __half2float(__float2half_rn(x))
                                    : x;
 }
+
+/// A row that can be read eight elements at a time, whatever else it may be.
+struct EightsOfRow {
+  const void* data;
+  Dtype elements;
+  __device__ void eight(int first, float (&x)[8]) const { load_eight(data, elements, first, x); }
+};
 
 /// One key or value in device memory: policies/views.hpp's Row for hooks on the GPU.
 struct DeviceRow {
@@ -55,6 +92,20 @@ struct DeviceRow {
   __host__ __device__ float operator[](int c) const { return load_element(data, elements, c); }
   __device__ bool in_eights() const { return kv::in_eights(elements, dim); }
   __device__ void load_eight(int c, float (&x)[8]) const { kv::load_eight(data, elements, c, x); }
+  __device__ void eight(int first, float (&x)[8]) const {
+    if (in_eights()) return load_eight(first, x);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x[k] = first + k < dim ? (*this)[first + k] : 0.f;
+  }
+  template <class F, class... Others>
+  __device__ void each_eight(F f, Others... others) const {
+    if (in_eights())
+#pragma unroll 4
+      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, 8, eights(), others.eights()...);
+    else
+      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, min(8, dim - first), *this, others...);
+  }
+  __device__ EightsOfRow eights() const { return {data, elements}; }
   __host__ __device__ static DeviceRow at(const void* rows, Dtype elements, long index, int dim) {
     return {static_cast<const char*>(rows) + index * dim * bytes_of(elements), dim, elements};
   }
@@ -85,24 +136,24 @@ __device__ inline void copy_bytes(void* to, const void* from, long bytes) {
       static_cast<std::uint16_t*>(to)[i] = static_cast<const std::uint16_t*>(from)[i];
 }
 
-/// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads.
+/// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads, each with several words
+/// under way.
 __device__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
   const auto move = [&]<class Word>(Word) {
-    const int words = row_bytes / static_cast<int>(sizeof(Word));
-    Word* const all = static_cast<Word*>(rows);
-    const auto word_of = [&](const int* row, int i) -> Word& {
-      return all[static_cast<long>(row[i / words]) * words + i % words];
-    };
-    constexpr int ahead = 4;
-    int i = static_cast<int>(threadIdx.x);
-    for (; i + (ahead - 1) * team_threads < count * words; i += ahead * team_threads) {
-      Word word[ahead];
+    constexpr int ahead = 8;
+    const int words = row_bytes / static_cast<int>(sizeof(Word)), all = count * words;
+    Word* const memory = static_cast<Word*>(rows);
+    for (int first = static_cast<int>(threadIdx.x); first < all; first += ahead * team_threads) {
+      Word mine[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k) word[k] = word_of(from, i + k * team_threads);
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < all)
+          mine[k] = memory[static_cast<long>(from[i / words]) * words + i % words];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k) word_of(to, i + k * team_threads) = word[k];
+      for (int k = 0; k < ahead; ++k)
+        if (const int i = first + k * team_threads; i < all)
+          memory[static_cast<long>(to[i / words]) * words + i % words] = mine[k];
     }
-    for (; i < count * words; i += team_threads) word_of(to, i) = word_of(from, i);
   };
   row_bytes % 16 == 0 ? move(uint4{}) : move(std::uint16_t{});
 }

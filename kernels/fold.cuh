@@ -68,7 +68,7 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
       FoldTarget sum = detail::sum_of<by_channel>(player, plan.target, 1, only);
       if constexpr (detail::declares_on_target<typename Player::PolicyType>)
         player.policy.on_target(head, plan.target, sum);
-      detail::write_target(player, head, plan.target, 1, sum, only);
+      detail::write_target(player, head, plan.target, 1, sum, only, 32);
       __syncwarp();
       if (player.is_clerk()) book_fold(player, plan, victim);
     }
@@ -93,7 +93,7 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();
-  each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only); });
+  each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only, 32); });
   __syncthreads();
   if (player.is_clerk()) book_fold(player, plan, victim);
   __syncthreads();
@@ -104,30 +104,28 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
 /// carries state over. start[k] is where k's list begins, `base` of them elsewhere; afterwards where it ends.
 template <class Player, class Head>
 __device__ void fold_range(Player& player, Head& head, const int* going, int gone, int from, int to, int base) {
+  constexpr bool by_channel = detail::declares_key_weight<typename Player::PolicyType>;
   const Unit& unit = player.unit;
   const BlockTeam team = player.team;
   const int *kept_place = unit.work[1], *kept_slot = unit.work[2];
   int *start = unit.work[3], *list = unit.list;
   const auto first_of = [&](const Fold& plan) { return max(from, kept_place[plan.target]); };
   const auto end_of = [&](const Fold& plan) { return min(to, kept_place[plan.target] + plan.spread); };
-  const auto each = [&](int i, auto f) {
-    if (i >= gone) return;
-    const Fold& plan = unit.plans[going[i]];
-    if (plan.target < 0) return;
-    for (int k = first_of(plan); k < end_of(plan); ++k) f(k);
-  };
+  int *const begins = team.memory->counts, *const ends = reinterpret_cast<int*>(team.memory->partial);
   for (int first = 0; first < gone; first += team_threads) {  // in token order: by rounds of the team
     const int i = first + static_cast<int>(threadIdx.x);
-    each(i, [&](int k) {
-      int earlier = 0;  // victims of this round before mine that share the target
-      for (int j = first; j < i; ++j) {
-        const Fold& other = unit.plans[going[j]];
-        if (other.target >= 0 && first_of(other) <= k && k < end_of(other)) ++earlier;
-      }
-      list[start[k] - base + earlier] = going[i];
-    });
+    int begin = 0, end = 0;  // of my victim's targets
+    if (i < gone)
+      if (const Fold& plan = unit.plans[going[i]]; plan.target >= 0) begin = first_of(plan), end = end_of(plan);
+    begins[threadIdx.x] = begin, ends[threadIdx.x] = end;
     __syncthreads();
-    team.for_each(team_threads, [&](int j) { each(first + j, [&](int k) { atomicAdd(&start[k], 1); }); });
+    for (int k = begin; k < end; ++k) {
+      int earlier = 0;  // victims of this round before mine that share the target
+      for (unsigned j = 0; j < threadIdx.x; ++j) earlier += begins[j] <= k && k < ends[j];
+      list[start[k] - base + earlier] = going[i];
+    }
+    __syncthreads();
+    for (int k = begin; k < end; ++k) atomicAdd(&start[k], 1);
     __syncthreads();
   }
   const auto members = [&](int k, int& begin) {
@@ -140,26 +138,30 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
       return unit.plans[victim];
     };
   };
-  team.for_each(to - from, [&](int i) {
-    int begin;
-    const int k = from + i, size = members(k, begin);
-    if (size == 0) return;
-    FoldTarget sum = detail::sum_of<detail::declares_key_weight<typename Player::PolicyType>>(player, kept_slot[k],
-                                                                                              size, plan_at(begin));
+  int* receiving = unit.work[4];  // the targets that have victims
+  int begin;
+  const int receivers = team.number(
+      to - from, [&](int i) { return members(from + i, begin) > 0; },
+      [&](int i, bool receives, int before) {
+        if (receives) receiving[before] = from + i;
+      });
+  __syncthreads();
+  team.for_each(receivers, [&](int i) {
+    const int k = receiving[i], size = members(k, begin);
+    FoldTarget sum = detail::sum_of<by_channel>(player, kept_slot[k], size, plan_at(begin));
     if constexpr (detail::declares_on_target<typename Player::PolicyType>)
       player.policy.on_target(head, kept_slot[k], sum);
     unit.targets[k] = sum;
   });
   __syncthreads();
-  for (int k = from + static_cast<int>(threadIdx.x / 32); k < to; k += team_warps) {
-    int begin;
-    const int size = members(k, begin);
-    if (size > 0) detail::write_target(player, head, kept_slot[k], size, unit.targets[k], plan_at(begin));
+  const int lanes = detail::lanes_of_target<by_channel>(player.trace);
+  for (int i = static_cast<int>(threadIdx.x) / lanes; i < receivers; i += team_threads / lanes) {
+    const int k = receiving[i], size = members(k, begin);
+    detail::write_target(player, head, kept_slot[k], size, unit.targets[k], plan_at(begin), lanes);
   }
   __syncthreads();
-  team.for_each(to - from, [&](int i) {
-    int begin;
-    const int k = from + i, size = members(k, begin), target = kept_slot[k];
+  team.for_each(receivers, [&](int i) {
+    const int k = receiving[i], size = members(k, begin), target = kept_slot[k];
     for (int j = 0; j < size; ++j) {
       const int victim = list[begin + j];
       const Fold& plan = unit.plans[victim];
@@ -169,7 +171,7 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
       if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
         player.policy.on_fold(player.state(target), player.state(victim), plan);
     }
-    if (size > 0) detail::clip_count(player, target, player.traits().clip);
+    detail::clip_count(player, target, player.traits().clip);
   });
   __syncthreads();
 }
@@ -222,14 +224,8 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
   };
   team.for_each(gone, [&](int i) { each(i, [&](int k) { atomicAdd(&start[k], 1); }); });
   __syncthreads();
-  int total = 0;
-  for (int first = 0; first < kept; first += team_threads) {
-    const int k = first + static_cast<int>(threadIdx.x), mine = k < kept ? start[k] : 0;
-    int lower;
-    const int sum = team.scan(mine, lower);
-    if (k < kept) start[k] = total + lower;
-    total += sum;
-  }
+  const int total = team.add_before(
+      kept, [&](int k) { return start[k]; }, [&](int k, int, int before) { start[k] = before; });
   if (threadIdx.x == 0) start[kept] = total;
   __syncthreads();
   // As many targets at a time as the list has room for: all of them, unless victims are spread over many.

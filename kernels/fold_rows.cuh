@@ -64,103 +64,90 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
   return sum;
 }
 
-/// Writes a target's key and value, adjusted sums given, by one warp: channels dealt over lanes.
-template <class Player, class Head, class Plan>
-__device__ void write_target(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of) {
+/// Whether the rows of a target can be written eight channels at a time; and how many neighbouring lanes write one.
+template <bool by_channel>
+__device__ bool folds_in_eights(const TraceData& trace) {
+  return !by_channel && in_eights(trace.elements, trace.key_dim) && in_eights(trace.elements, trace.value_dim);
+}
+template <bool by_channel>
+__device__ int lanes_of_target(const TraceData& trace) {
+  return folds_in_eights<by_channel>(trace) && trace.key_dim <= 128 && trace.value_dim <= 128 ? 16 : 32;
+}
+
+/// Writes a target's key and value, adjusted sums given, `step` channels at a time by each of `lanes` neighbouring threads:
+/// row = (own * row + sum of weight * victim) / divisor. Rows are read before it is known whether they move.
+template <int step, class Player, class Head, class Plan>
+__device__ void write_rows(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
+                           int lanes) {
   const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int lane = static_cast<int>(threadIdx.x) % lanes, dk = trace.key_dim, dv = trace.value_dim;
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
-  // row = (own * row + sum of weight * victim) / divisor, `step` channels of a lane at a time
-  const auto sums_by = [&]<int step>(std::integral_constant<int, step>, void* rows, int dim, auto weight_of) {
-    const auto load = [&](int slot, int c, float(&x)[step]) {
-      const long at = static_cast<long>(slot) * dim + c;
-      if constexpr (step == 8)
-        load_eight(rows, trace.elements, at, x);
-      else
-        x[0] = load_element(rows, trace.elements, at);
-    };
-    for (int c = step * lane; c < dim; c += step * 32) {
-      float row[step], added[step] = {}, x[step];
-      load(target, c, row);
-      for (int i = 0; i < n; ++i) {
-        int victim;
-        const Fold& plan = plan_of(i, victim);
-        load(victim, c, x);
+  // Without weight from any victim a row is what it was, unless on_target scales it.
+  bool key_moves = by_channel || sum.own_key != sum.key_divisor, value_moves = sum.own_value != sum.value_divisor,
+       leaves = outside(sum.own_key / sum.key_divisor);
+  const auto key_weight = [&](int slot, int c) {
+    if constexpr (by_channel) return player.policy.key_weight(head, slot, c);
+    return 0.f;
+  };
+  const auto store = [&](void* rows, long at, float(&row)[step], const float(&added)[step], auto own_of,
+                         auto divisor_of) {
 #pragma unroll
-        for (int k = 0; k < step; ++k) {
-          const float weight = weight_of(plan, victim, c + k);
-          if (weight != 0 || by_channel) added[k] += weight * x[k];
-        }
-      }
+    for (int k = 0; k < step; ++k) {
+      const float divisor = divisor_of(k);
+      if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
+        player.fail(UnitError::bad_divisor, target);
+      else
+        row[k] = round_as(trace.dtype, (own_of(k) * row[k] + added[k]) / divisor);
+    }
+    store_channels(rows, trace.elements, at, row);
+  };
+  for (int c = step * lane; c < max(dk, dv); c += step * lanes) {
+    const bool in_key = c < dk, in_value = c < dv;
+    const auto load = [&](int slot, float(&key)[step], float(&value)[step]) {
+      if (in_key) load_channels(unit.keys, trace.elements, static_cast<long>(slot) * dk + c, key);
+      if (in_value) load_channels(unit.values, trace.elements, static_cast<long>(slot) * dv + c, value);
+    };
+    float key[step], value[step], keys[step] = {}, values[step] = {}, weights[step] = {}, x[step], y[step];
+    load(target, key, value);
+    for (int i = 0; i < n; ++i) {
+      int victim;
+      const Fold& plan = plan_of(i, victim);
+      load(victim, x, y);
+      key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
+      leaves = leaves || outside(plan.key / sum.key_divisor);
 #pragma unroll
       for (int k = 0; k < step; ++k) {
-        const float own = weight_of(sum, target, c + k), divisor = weight_of(sum, -1, c + k);
-        if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
-          player.fail(UnitError::bad_divisor, target);
-        else
-          store_element(rows, trace.elements, static_cast<long>(target) * dim + c + k,
-                        round_as(trace.dtype, (own * row[k] + added[k]) / divisor));
+        const float weight = by_channel && in_key ? key_weight(victim, c + k) : plan.key;
+        if (in_key && (weight != 0 || by_channel)) keys[k] += weight * x[k];
+        if (in_value && plan.value != 0) values[k] += plan.value * y[k];
+        weights[k] += weight;
       }
     }
-  };
-  const auto sums = [&](void* rows, int dim, auto weight_of) {
-    if (!by_channel && in_eights(trace.elements, dim))
-      sums_by(std::integral_constant<int, 8>{}, rows, dim, weight_of);
-    else
-      sums_by(std::integral_constant<int, 1>{}, rows, dim, weight_of);
-  };
-  bool key_moves = by_channel, value_moves = false, leaves = outside(sum.own_key / sum.key_divisor);
-  for (int i = 0; i < n; ++i) {
-    int victim;
-    const Fold& plan = plan_of(i, victim);
-    key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
-    leaves = leaves || outside(plan.key / sum.key_divisor);
+    if (in_key && key_moves)
+      store(
+          unit.keys, static_cast<long>(target) * dk + c, key, keys,
+          [&](int k) { return by_channel ? key_weight(target, c + k) : sum.own_key; },
+          [&](int k) { return by_channel ? key_weight(target, c + k) + weights[k] : sum.key_divisor; });
+    if (in_value && value_moves)
+      store(
+          unit.values, static_cast<long>(target) * dv + c, value, values, [&](int) { return sum.own_value; },
+          [&](int) { return sum.value_divisor; });
   }
-  // Without weight from any victim a row is what it was, unless on_target scales it.
-  key_moves = key_moves || sum.own_key != sum.key_divisor,
-  value_moves = value_moves || sum.own_value != sum.value_divisor;
-  if constexpr (by_channel) {
-    struct ByChannel {
-      Player& player;
-      Head& head;
-      int target, n;
-      Plan plan_of;
-      __device__ float operator()(const Fold&, int victim, int c) const { return weight(victim, c); }
-      __device__ float operator()(const FoldTarget&, int slot, int c) const {
-        if (slot >= 0) return weight(slot, c);
-        float added = 0;
-        for (int i = 0; i < n; ++i) {
-          int victim;
-          plan_of(i, victim);
-          added += weight(victim, c);
-        }
-        return weight(target, c) + added;
-      }
-      __device__ float weight(int slot, int c) const { return player.policy.key_weight(head, slot, c); }
-    };
-    sums(unit.keys, trace.key_dim, ByChannel{player, head, target, n, plan_of});
-  } else {
-    struct Keys {
-      __device__ float operator()(const Fold& plan, int, int) const { return plan.key; }
-      __device__ float operator()(const FoldTarget& all, int slot, int) const {
-        return slot >= 0 ? all.own_key : all.key_divisor;
-      }
-    };
-    if (key_moves) sums(unit.keys, trace.key_dim, Keys{});
-    if (key_moves && leaves && lane == 0) count(player.progress.weights_outside);
-  }
-  if (key_moves && lane == 0 && !player.absolute()) unit.rotated_at[target] = -1;
-  if (!value_moves) return;
-  struct Values {
-    __device__ float operator()(const Fold& plan, int, int) const { return plan.value; }
-    __device__ float operator()(const FoldTarget& all, int slot, int) const {
-      return slot >= 0 ? all.own_value : all.value_divisor;
-    }
-  };
-  sums(unit.values, trace.value_dim, Values{});
+  if (lane != 0) return;
+  if (key_moves && !player.absolute()) unit.rotated_at[target] = -1;
+  if (!by_channel && key_moves && leaves) count(player.progress.weights_outside);
   const bool balanced = std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor);
-  if (lane == 0 && !balanced) count(player.progress.unbalanced);
+  if (value_moves && !balanced) count(player.progress.unbalanced);
+}
+
+template <class Player, class Head, class Plan>
+__device__ void write_target(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
+                             int lanes) {
+  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
+  if constexpr (!by_channel)
+    if (folds_in_eights<by_channel>(player.trace)) return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
+  write_rows<1>(player, head, target, n, sum, plan_of, lanes);
 }
 
 }  // namespace detail

@@ -34,14 +34,6 @@ __device__ inline void publish_copies() {
   asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/// Named barriers. `threads` counts those who wait and those who only arrive.
-__device__ inline void named_wait(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 /// Starts copying four times 16 bytes, which lie 512 apart: offsets are constants, so that one address is enough.
 __device__ inline void copy_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const void* from) {
   asm volatile(

@@ -16,6 +16,13 @@ __device__ inline float exp2_fast(float x) {
   return y;
 }
 
+/// log2 of x with the special function unit: error 2^-22 of it, or of 1 where it is less.
+__device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Two elements rounded to nearest, `low` in the lower half.
 __device__ inline uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
@@ -41,6 +48,14 @@ __device__ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t 
 }
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+/// The same object in shared memory, by an address that stays in a register: the compiler would make it again, from the
+/// block's place in its cluster, wherever it is used.
+template <class T>
+__device__ T& by_kept_address(T& object) {
+  uint32_t address = shared_address(&object);
+  asm volatile("" : "+r"(address));
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
 
 /// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
 __device__ inline uint4 load_shared(uint32_t address) {
@@ -95,6 +110,24 @@ __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::
 template <int pending>
 __device__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/// Named barriers. `threads` counts those who wait and those who only arrive.
+__device__ inline void named_wait(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Between blocks: what a block wrote before it adds, another sees that has read the sum; a barrier of the block on either side.
+__device__ inline void add_release(int* to, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+__device__ inline int load_acquire(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
 }
 
 /// In a loop that waits for another block.

@@ -1,6 +1,8 @@
 // A unit under way, without its policy: rows come and go, keys turn to their places, one token's queries attend and are
 // measured. core/head_replay.cpp and core/cache.cpp are the same on the CPU.
 #pragma once
+#include "kernels/comparison.cuh"
+#include "kernels/rotation.cuh"
 #include "kernels/token_attention.cuh"
 #include "kernels/unit.hpp"
 
@@ -76,9 +78,7 @@ struct Play {
 
   /// Records what went wrong first; false when something had before.
   __device__ bool fail(UnitError error, int a, int b = 0, int c = 0) const {
-    if (atomicCAS(reinterpret_cast<int*>(&progress.error), 0, static_cast<int>(error)) != 0) return false;
-    progress.error_at[0] = a, progress.error_at[1] = b, progress.error_at[2] = c;
-    return true;
+    return record_error(progress, error, a, b, c);
   }
 
   /// A slot's row was written in memory: what is under way may not know it.
@@ -113,16 +113,16 @@ struct Play {
       return;
     }
     const int first = unit.multiplicity[unit.order[0]];
-    int tokens = 0;  // that the slots of earlier blocks count as
-    for (int start = 0; start < n; start += team_threads) {
-      const int i = start + static_cast<int>(threadIdx.x), slot = i < n ? unit.order[i] : 0;
-      const bool older = i < n && unit.token[slot] < block_first;
-      int before;
-      const int mine = older ? unit.multiplicity[slot] : 0, sum = team.scan(mine, before);
-      // A merged slot sits where the last token of its span was; the present block goes on where the cache ended.
-      if (older) place[slot] = tokens + before + mine - first;
-      tokens += sum;
-    }
+    // A merged slot sits where the last token of its span was; the present block goes on where the cache ended.
+    const int tokens = team.add_before(
+        n,
+        [&](int i) {
+          const int slot = unit.order[i];
+          return unit.token[slot] < block_first ? unit.multiplicity[slot] : 0;
+        },
+        [&](int i, int mine, int before) {
+          if (mine > 0) place[unit.order[i]] = before + mine - first;
+        });
     for (int s = static_cast<int>(threadIdx.x); s < n; s += team_threads)
       if (unit.token[s] >= block_first) place[s] = tokens + unit.token[s] - block_first;
     __syncthreads();
@@ -130,18 +130,10 @@ struct Play {
 
   /// Row `in` rotated to a place, by one warp.
   __device__ void rotate(int place, const char* in, void* out) const {
-    const float* cos = layer.cos + static_cast<long>(place) * trace.pairs;
-    const float* sin = layer.sin + static_cast<long>(place) * trace.pairs;
-    const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
-    const auto round = [&](float x) { return round_as(layer.rope_step, x); };
-    for (int i = static_cast<int>(threadIdx.x % 32); i < trace.pairs; i += 32) {
-      const float x = load_element(in, trace.elements, i * stride),
-                  y = load_element(in, trace.elements, i * stride + second);
-      store_element(out, trace.elements, i * stride, round(round(x * cos[i]) + round(-y * sin[i])));
-      store_element(out, trace.elements, i * stride + second, round(round(y * cos[i]) + round(x * sin[i])));
-    }
-    for (int c = 2 * trace.pairs + static_cast<int>(threadIdx.x % 32); c < trace.key_dim; c += 32)
-      store_element(out, trace.elements, c, load_element(in, trace.elements, c));
+    const Rotation rotation = rotation_of(trace, layer);
+    const long angles = static_cast<long>(place) * trace.pairs;
+    for (int piece = static_cast<int>(threadIdx.x % 32); piece < pieces_of_row(rotation, 1); piece += 32)
+      rotate_piece<1>(rotation, layer.cos + angles, layer.sin + angles, in, out, piece);
   }
 
   /// Brings unit.rotated up to date for the first n slots; places are in unit.work[3]. Needs and gives a barrier.
@@ -159,6 +151,9 @@ struct Play {
 
   /// The slot that a query of `token` sits at: the newest of the first n that is not after it.
   __device__ int slot_of_query(int token, int n) const {
+    const int newest = unit.order[n - 1], guess = n - 1 - (unit.token[newest] - token);
+    if (guess >= 0 && guess < n)  // where it is, if nothing after it has gone
+      if (const int slot = unit.order[guess]; unit.token[slot] == token) return slot;
     int low = 0, high = n;  // places: the first whose token is greater
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -238,9 +233,9 @@ struct Play {
   __device__ void patch(int slot, const void* key, const void* value) const {
     if (!fixed.streamed) return;
     if (stream_width(trace.key_dim, trace.value_dim) > 64)
-      Stream<__nv_bfloat16, 128, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+      Stream<__nv_bfloat16, 128, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
     else
-      Stream<__nv_bfloat16, 64, false>::patch(row.stream, ring, slot, fixed.look, key, value);
+      Stream<__nv_bfloat16, 64, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
   }
   /// Whether this warp streams a slot.
   __device__ static bool streams_slot(int slot) {

@@ -1,5 +1,5 @@
-// The two kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide
-// kernels attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
+// The kernels of a policy, in which a thread block plays a unit: a stage of a prompt block, between which grid-wide kernels
+// attend (kernels/block_attention.hpp), and all steps of tokens that come alone.
 #pragma once
 #include "kernels/launch.cuh"
 #include "kernels/steps.cuh"
@@ -18,7 +18,8 @@ __device__ void copy_words(T* to, const T* from) {
 template <class P, class Play>
 __device__ void play_units(const Launch& launch, const P* points, Play play) {
   char* const memory = launch_memory();  // a ring's addresses turn by bits
-  __shared__ Fixed fixed;
+  __shared__ Fixed fixed_memory;
+  Fixed& fixed = by_kept_address(fixed_memory);
   __shared__ __align__(16) unsigned char policy[sizeof(P)];
   const TraceData& trace = launch.trace;
   const bool streamed = streams(trace.elements, trace.key_dim, trace.value_dim, trace.group);
@@ -59,11 +60,12 @@ __global__ void __launch_bounds__(team_threads, 2)
   });
 }
 
-template <class P>
+/// `width`: launch.plain_width.
+template <class P, int width>
 __global__ void __launch_bounds__(team_threads, 2) step_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char* memory) {
     const StepRecords<P> records(fixed, policy.traits(), memory, launch.record_bytes, launch.step_slots);
-    Steps<P> steps(launch, fixed, policy);
+    Steps<P, width> steps(launch, fixed, policy);
     steps.run();
     __syncthreads();
     records.give_back(steps.size());

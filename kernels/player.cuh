@@ -169,10 +169,10 @@ struct Player : Play {
     });
   }
 
-  /// The same in the place of the logits, for a thread's own slots.
-  __device__ void weigh_row_in_place(bool window) const {
+  /// A window's, in the place of the logits, for a thread's own slots.
+  __device__ void weigh_row_in_place() const {
     team.for_each(size, [&](int s) {
-      for (int g = 0; g < trace.group; ++g) fixed.logits[g * fixed.logit_stride + s] = weighed(s, g, window, 0);
+      for (int g = 0; g < trace.group; ++g) fixed.logits[g * fixed.logit_stride + s] = weighed(s, g, true, 0);
     });
   }
 
@@ -265,6 +265,15 @@ struct Player : Play {
     if (!is_clerk()) return;
     if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;
+  }
+
+  /// find_nearest_to() of one victim. Not inlined, and of few words.
+  static __device__ __noinline__ void find_nearest_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                         int block, int victim) {
+    Player player(fixed, policy);
+    player.size = size, player.now = now, player.phase = phase, player.block = block;
+    Head h = player.head();
+    find_nearest_to(player, h, victim);
   }
 
   /// Folds one victim, as fold_one() does. Not inlined, and of few words.

@@ -52,7 +52,7 @@ class DeviceProgramOf final : public DeviceProgram {
   }
 
   void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const override {
-    const auto kernel = launch.stage == Stage::steps ? step_kernel<P> : stage_kernel<P>;
+    const auto kernel = launch.stage == Stage::steps ? kernel_of_steps(launch.plain_width) : stage_kernel<P>;
     const auto units = static_cast<unsigned>(launch.unit_count);
     if (!launch.together) return kv::launch(kernel, units, team_threads, shared_bytes, stream, launch, points_.data());
     const int resident = resident_blocks(kernel, team_threads, shared_bytes) / layer_heads * layer_heads;
@@ -63,6 +63,10 @@ class DeviceProgramOf final : public DeviceProgram {
   }
 
  private:
+  using Kernel = void (*)(Launch, const P*);
+  static Kernel kernel_of_steps(int plain_width) {
+    return plain_width == 64 ? step_kernel<P, 64> : plain_width == 128 ? step_kernel<P, 128> : step_kernel<P, 0>;
+  }
   template <class T>
   static std::size_t size_of_data() {
     return std::is_empty_v<T> ? 0 : sizeof(T);

@@ -32,6 +32,9 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
          group <= stream_heads;
 }
 
+/// Whether the three parts of a policy's vector find room among the queries of a group.
+constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
+
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
   int bytes = group * value_dim * 4 + 2 * group * 4 + team_warps * stream_heads * 4;

@@ -48,8 +48,10 @@ struct SlotLoop {
   const int now, logit_stride;
   const int *const token, *const multiplicity;
   Slot* const state;
-  const float *const logits, *const bias, *const probe;
+  float* const logits;
+  const float *const bias, *const probe;
   const float* const log_sum;  // of the heads of the latest row, where they fit
+  float first_log_sums[4];     // the first of them
 
   __device__ SlotLoop(const Fixed& f, int now_)
       : info(f.unit.info),
@@ -62,7 +64,10 @@ struct SlotLoop {
         logits(f.logits),
         bias(f.unit.bias),
         probe(f.unit.probe),
-        log_sum(f.row.own_log_sum()) {}
+        log_sum(f.row.own_log_sum()) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) first_log_sums[g] = g < info.group ? log_sum[g] : 0.f;
+  }
 
   __device__ SlotView<Slot> view(int s, int slot_token, float key_probe = 0) const {
     return {state[s], info, slot_token, now, multiplicity[s], key_probe};
@@ -97,26 +102,46 @@ struct SlotLoop {
     }
   }
 
+  /// What `weigh` (or, of a `window`, weigh_window) makes of the row just attended, head by head, for one slot of a group
+  /// that fits; 0 beyond the group.
+  template <bool window>
+  __device__ __forceinline__ void weigh(int s, const Read& mine, float (&weighed)[stream_heads]) const {
+    const float b = detail::declares_log_bias<P> ? bias[s] : 0.f;
+#pragma unroll
+    for (float& each : weighed) each = 0;
+#pragma unroll
+    for (int g0 = 0; g0 < stream_heads; g0 += 4) {
+      if (g0 >= info.group) break;
+#pragma unroll
+      for (int g = g0; g < g0 + 4; ++g) {
+        const float logit = g0 == 0 ? mine.logit[g % 4] : g < info.group ? logits[g * logit_stride + s] : -INFINITY;
+        const float p = exp2_fast((logit + b - (g0 == 0 ? first_log_sums[g % 4] : log_sum[g])) * log2_e);
+        if constexpr (window && detail::declares_weigh_window<P>)
+          weighed[g] = logit > -INFINITY ? P::weigh_window(p, logit, 0) : 0.f;
+        else if constexpr (detail::declares_weigh<P>)
+          weighed[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
+        else
+          weighed[g] = p;
+      }
+    }
+  }
+
   /// on_attention of the row just attended, for one slot of a group that fits: its owner's own data only.
   __device__ __forceinline__ void observe(const P& policy, int s, const Read& mine) const {
     if constexpr (detail::declares_on_attention<P>) {
-      float sums[stream_heads] = {};
-      const float b = detail::declares_log_bias<P> ? bias[s] : 0.f;
-#pragma unroll
-      for (int g0 = 0; g0 < stream_heads; g0 += 4) {
-        if (g0 >= info.group) break;
-#pragma unroll
-        for (int g = g0; g < g0 + 4; ++g) {
-          const float logit = g0 == 0 ? mine.logit[g % 4] : g < info.group ? logits[g * logit_stride + s] : -INFINITY;
-          const float p = exp2_fast((logit + b - log_sum[g]) * log2_e);
-          if constexpr (detail::declares_weigh<P>)
-            sums[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
-          else
-            sums[g] = p;
-        }
-      }
-      policy.on_attention(view(s, mine.token), RowObserved(sums, info.group));
+      float weighed[stream_heads];
+      weigh<false>(s, mine, weighed);
+      policy.on_attention(view(s, mine.token), RowObserved(weighed, info.group));
     }
+  }
+
+  /// A window's statistic of the row just attended in the place of a slot's logits.
+  __device__ __forceinline__ void weigh_in_place(int s, const Read& mine) const {
+    float weighed[stream_heads];
+    weigh<true>(s, mine, weighed);
+#pragma unroll
+    for (int g = 0; g < stream_heads; ++g)
+      if (g < info.group) logits[g * logit_stride + s] = weighed[g];
   }
 
   /// The score of one slot, by a slot hook or one that sees the head.

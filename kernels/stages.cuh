@@ -23,10 +23,6 @@ class Stages {
     switch (args_.stage) {
       case Stage::begin:
         return begin();
-      case Stage::place:
-        p_.append_rows(args_.first, args_.last, p_.size);
-        if (threadIdx.x == 0) p_.progress.attended = p_.size + args_.last - args_.first;
-        return;
       case Stage::look:
         return look();
       case Stage::probe:
@@ -34,16 +30,13 @@ class Stages {
       case Stage::append:
         return append();
       case Stage::measure:
-        return measure_block();
+        return measure_masses();
       case Stage::observe:
         return p_.observe_block(args_.row_count);
       case Stage::score:
         return score_block();
       case Stage::compress:
         return compress();
-      case Stage::count:
-        if (threadIdx.x == 0 && p_.progress.compressing) ++p_.progress.compressions;
-        return;
       case Stage::future:
         return begin_future();
       case Stage::finish:
@@ -65,20 +58,22 @@ class Stages {
     p_.progress.lost = !p_.absolute();
   }
 
-  /// Bias and rotation are brought up to date, then what the rows look at is written down for the attention kernels.
+  /// Biases are brought up to date and places found, then what the rows look at is written down for the kernels that turn
+  /// rows and attend. The rows of a block that is to come lie behind the cache: nothing is appended yet.
   __device__ void look() {
     AttentionTask task;
     const bool idle = args_.window && !p_.due(args_.first);
-    const int slots = args_.probing && !args_.window ? p_.progress.attended : p_.size;
+    const int coming = args_.probing && !args_.window ? args_.last - args_.first : 0, slots = p_.size + coming;
+    if (coming > 0) p_.append_rows(args_.first, args_.last, p_.size);
+    __syncthreads();
     if (!idle) {
       task.bias = p_.biases(slots);
-      if (!p_.absolute()) {
-        turn_block(p_, args_.rows, args_.row_count, slots);
-      }
+      if (!p_.absolute()) find_turns(p_, args_.rows, args_.row_count, slots);
       p_.team.for_each(args_.row_count,
                        [&](int r) { p_.unit.query_row[r] = p_.absolute() ? p_.layer.row_of_token[args_.rows[r]] : r; });
     }
     if (threadIdx.x != 0) return;
+    if (coming > 0) p_.progress.attended = slots;
     const Unit& unit = p_.unit;
     const TraceData& trace = p_.trace;
     task.keys = p_.attended_keys(), task.values = unit.values, task.token = unit.token;
@@ -99,78 +94,12 @@ class Stages {
     args_.tasks[blockIdx.x] = task;
   }
 
-  /// What Play::turn does, for many rows: places of queries are looked for by all threads, and a warp rotates several rows at
-  /// once, so that it does not wait for the loads of each. Needs and gives a barrier.
-  static __device__ __noinline__ void turn_block(Play play, const int* tokens, int count, int n) {
+  /// Places of the first n slots' keys, in unit.work[3], and of the queries. Needs and gives a barrier.
+  static __device__ __noinline__ void find_turns(Play play, const int* tokens, int count, int n) {
     const Unit& unit = play.unit;
-    const TraceData& trace = play.trace;
-    const LayerData& layer = play.layer;
-    int *key_place = unit.work[3], *query_place = unit.query_row;
-    play.find_places(n, key_place);
-    rotate_rows(play, n, [&](int s) {
-      if (unit.rotated_at[s] == key_place[s]) return Turn{};
-      return Turn{key_place[s], play.at(unit.keys, s, trace.key_dim),
-                  const_cast<char*>(play.at(unit.rotated, s, trace.key_dim))};
-    });
-    play.team.for_each(count, [&](int r) { query_place[r] = key_place[play.slot_of_query(tokens[r], n)]; });
+    play.find_places(n, unit.work[3]);
+    play.team.for_each(count, [&](int r) { unit.query_place[r] = unit.work[3][play.slot_of_query(tokens[r], n)]; });
     __syncthreads();
-    play.team.for_each(n, [&](int s) { unit.rotated_at[s] = key_place[s]; });
-    rotate_rows(play, count * trace.group, [&](int i) {
-      const int r = i / trace.group, g = i % trace.group, from = layer.row_of_token[tokens[r]];
-      return Turn{query_place[r],
-                  play.at(layer.q, static_cast<long>(play.query_head(g)) * layer.query_rows + from, trace.key_dim),
-                  const_cast<char*>(play.at(unit.queries, static_cast<long>(g) * count + r, trace.key_dim))};
-    });
-    __syncthreads();
-  }
-  /// A row and the place that it is rotated to; none where `in` is null.
-  struct Turn {
-    int place;
-    const char* in;
-    char* out;
-  };
-  /// turn_of(i) of every i < n, dealt over the warps.
-  template <class TurnOf>
-  static __device__ void rotate_rows(const Play& play, int n, TurnOf turn_of) {
-    constexpr int at_once = 4;
-    for (int first = static_cast<int>(threadIdx.x / 32); first < n; first += at_once * team_warps) {
-      Turn turns[at_once];
-#pragma unroll
-      for (int t = 0; t < at_once; ++t)
-        turns[t] = first + t * team_warps < n ? turn_of(first + t * team_warps) : Turn{};
-      rotate(play, turns);
-    }
-  }
-  template <std::size_t at_once>
-  static __device__ void rotate(const Play& play, const Turn (&turns)[at_once]) {
-    const TraceData& trace = play.trace;
-    const int second = trace.half_style ? trace.pairs : 1, stride = trace.half_style ? 1 : 2;
-    const auto round = [&](float x) { return round_as(play.layer.rope_step, x); };
-    struct Pair {
-      float x, y, cos, sin;
-    };
-    for (int i = static_cast<int>(threadIdx.x % 32); i < trace.pairs; i += 32) {
-      Pair pair[at_once];
-#pragma unroll
-      for (std::size_t t = 0; t < at_once; ++t) {
-        if (turns[t].in == nullptr) continue;
-        const long angle = static_cast<long>(turns[t].place) * trace.pairs + i;
-        pair[t] = {load_element(turns[t].in, trace.elements, i * stride),
-                   load_element(turns[t].in, trace.elements, i * stride + second), play.layer.cos[angle],
-                   play.layer.sin[angle]};
-      }
-#pragma unroll
-      for (std::size_t t = 0; t < at_once; ++t) {
-        if (turns[t].in == nullptr) continue;
-        const auto [x, y, cos, sin] = pair[t];
-        store_element(turns[t].out, trace.elements, i * stride, round(round(x * cos) + round(-y * sin)));
-        store_element(turns[t].out, trace.elements, i * stride + second, round(round(y * cos) + round(x * sin)));
-      }
-    }
-    for (int c = 2 * trace.pairs + static_cast<int>(threadIdx.x % 32); c < trace.key_dim; c += 32)
-#pragma unroll
-      for (const Turn& turn : turns)
-        if (turn.in) store_element(turn.out, trace.elements, c, load_element(turn.in, trace.elements, c));
   }
 
   /// on_probe, of units whose compression the probe is for; every block's, if the policy asks for that.
@@ -208,17 +137,8 @@ class Stages {
     p_.follow(copy);
   }
 
-  __device__ void measure_block() {
-    const Unit& unit = p_.unit;
-    const int group = p_.trace.group, dv = p_.trace.value_dim;
-    for (int i = static_cast<int>(threadIdx.x / 32); i < args_.row_count * group; i += team_warps) {
-      const int r = i / group, g = i % group, token = args_.rows[r], m = p_.settings.measured_of_token[token];
-      if (m < 0) continue;
-      measure_head(p_.fixed, g, m, token, unit.block_output + static_cast<long>(i) * dv, full_output_of(p_.fixed, g, m),
-                   static_cast<double>(unit.block_lse[i]));
-    }
-    if (!p_.settings.mass) return;
-    __syncthreads();
+  /// mass_tv of a block's measured queries.
+  __device__ void measure_masses() {
     for (int r = 0; r < args_.row_count; ++r) {
       const int token = args_.rows[r], m = p_.settings.measured_of_token[token];
       if (m < 0) continue;
@@ -255,7 +175,11 @@ class Stages {
   __device__ void compress() {
     const bool due = p_.due(args_.first);
     if (due) p_.compress(0, args_.row_count);
-    if (threadIdx.x == 0) p_.progress.more = due && p_.over_budget();
+    if (threadIdx.x != 0) return;
+    p_.progress.more = due && in_rounds(p_.traits()) && p_.over_budget();
+    if (!p_.progress.compressing || p_.progress.more) return;
+    ++p_.progress.compressions;
+    p_.progress.compressing = false;
   }
 
   /// What the rows that come after the first block will give.

@@ -4,23 +4,24 @@
 
 namespace kv {
 
-/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow.
+/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow. `streamed`: whether rows of
+/// this shape go over tensor cores, `width`: of their streams.
 struct StepInputs {
   const Play& play;
+  bool streamed;
+  int width;
 
   __device__ const void* key(int token) const {
-    const TraceData& t = play.trace;
-    if (!play.fixed.streamed) return key_in_memory(token);
-    return play.row.key + token % input_buffers * stream_width(t.key_dim, t.value_dim);
+    if (!streamed) return key_in_memory(token);
+    return play.row.key + token % input_buffers * width;
   }
   __device__ const void* value(int token) const {
-    const TraceData& t = play.trace;
-    if (!play.fixed.streamed) return value_in_memory(token);
-    return play.row.value + token % input_buffers * stream_width(t.key_dim, t.value_dim);
+    if (!streamed) return value_in_memory(token);
+    return play.row.value + token % input_buffers * width;
   }
   /// Full attention's output of head g for the m-th measured query, a token's.
   __device__ const float* full_output(int token, int g, int m) const {
-    if (!play.fixed.streamed) return full_output_of(play.fixed, g, m);
+    if (!streamed) return full_output_of(play.fixed, g, m);
     return play.row.full + (token % input_buffers * play.trace.group + g) * play.trace.value_dim;
   }
 
@@ -35,7 +36,7 @@ struct StepInputs {
     if (warp == 0) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
     if (warp == (team_warps - stream_warps > 1 ? 1 : 0))
       copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
-    const int pitch = query_pitch(stream_width(t.key_dim, t.value_dim));
+    const int pitch = query_pitch(width);
     for (int g = warp; g < t.group; g += team_warps - stream_warps) {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,

@@ -1,20 +1,26 @@
 // The row of a step: what it looks at, the warps that stream it and those that serve them, its measure, and the rows that
 // attend besides it.
+//
+// Most rows are plain: of bfloat16, over tensor cores, keys at their own positions, logits neither bent nor hidden, and masses
+// are not asked for. Kernels for plain rows are compiled apart: less code, in which tensor cores wait for less.
 #pragma once
 #include "kernels/stages.cuh"
 #include "kernels/step_inputs.cuh"
 
 namespace kv {
 
-template <class P>
+/// `width`: of the streams, where rows are plain; 0 for any rows.
+template <class P, int width>
 class StepRow : protected Stages<P> {
  public:
   using Stages<P>::size;
+  static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
 
   __device__ StepRow(const Launch& launch, Fixed& fixed, const P& policy)
       : Stages<P>(launch, fixed, policy),
-        prepares_(!p_.fixed.streamed || !p_.absolute() || p_.traits().key_probe || detail::declares_log_bias<P> ||
-                  p_.layer.window > 0 || p_.traits().future_queries.horizon > 0 || p_.traits().future_mass) {}
+        prepares_(p_.traits().key_probe || biased ||
+                  (!plain && (!p_.fixed.streamed || !p_.absolute() || p_.layer.window > 0 ||
+                              p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
  protected:
   using Stages<P>::args_;
@@ -23,11 +29,21 @@ class StepRow : protected Stages<P> {
   using Stages<P>::watches;
 
   __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }
-  __device__ StepInputs inputs() const { return {p_}; }
+  __device__ bool streamed() const { return plain || p_.fixed.streamed; }
+  __device__ bool absolute() const { return plain || p_.absolute(); }
+  __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
+  __device__ bool future_mass() const { return !plain && p_.traits().future_mass; }
+  __device__ int stream_width() const { return plain ? width : kv::stream_width(p_.trace.key_dim, p_.trace.value_dim); }
+  __device__ StepInputs inputs() const { return {p_, streamed(), stream_width()}; }
+  __device__ TokenAttention attention() const {
+    TokenAttention attention = p_.attention();
+    if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
+    return attention;
+  }
 
   __device__ void begin() {
-    if (p_.fixed.streamed) {  // beyond the group and the dimension queries stay zeros
-      const int words = stream_heads * query_pitch(stream_width(p_.trace.key_dim, p_.trace.value_dim)) / 2;
+    if (streamed()) {  // beyond the group and the dimension queries stay zeros
+      const int words = stream_heads * query_pitch(stream_width()) / 2;
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
@@ -44,7 +60,7 @@ class StepRow : protected Stages<P> {
 
   /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks
   /// see.
-  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && p_.absolute(); }
+  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && absolute(); }
 
   /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
   /// Not inlined, and of few words. Gives a barrier.
@@ -54,12 +70,9 @@ class StepRow : protected Stages<P> {
     Player<P>& p = s.p_;
     p.size = size;
     s.begin_step(token, block);
-    const bool half = p.trace.elements == Dtype::float16;
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
-      if (attends && fixed.streamed && s.probes(due))
-        half ? split_probe<__half>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe)
-             : split_probe<__nv_bfloat16>(p.unit.vector, p.trace.key_dim, p.trace.value_dim, p.row.stream.probe);
+      if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);
@@ -68,9 +81,22 @@ class StepRow : protected Stages<P> {
       s.look(token, 0x7fffffff, due);
     else
       p.biases(size);
-    if (!fixed.streamed || (p.absolute() && !p.traits().future_mass)) return;
+    if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
     stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
     __syncthreads();
+  }
+
+  /// The policy's vector to where the stream of a token's row finds it; by one warp.
+  __device__ void place_probe(int token) const {
+    const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
+    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
+    if constexpr (plain)
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
+                                 Probing::among_queries);
+    else if (p_.trace.elements == Dtype::float16)
+      split_probe<__half>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+    else
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
   }
 
   /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
@@ -84,72 +110,102 @@ class StepRow : protected Stages<P> {
   /// barrier.
   __device__ __forceinline__ void pass(int token, bool appends) {
     row_of_ = token;
-    if (!p_.fixed.streamed) {
+    if (!streamed()) {
       if (!streams_now()) serve(token);
       p_.attend_apart(token);
       return;
     }
     const int last = p_.size - 1;
     const RowNow now{last, token, p_.row.queries[token & 1],
-                     p_.absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
+                     absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
                      inputs().value(token)};
-    const bool next = p_.absolute() && !p_.settings.mass && !p_.traits().future_mass;
+    const bool next = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
       const int stale = p_.stale;
       if (stale >= 0 && stale < last && p_.streams_slot(stale))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
       stream(now, next);
     } else {
+      if constexpr (plain) {
+        make_outputs();
+        named_arrive(parts_are_free, team_threads);
+      }
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
-      p_.attention().newest_slot(p_.fixed.look, now, p_.row);
+      attention().newest_slot(p_.fixed.look, now, p_.row);
       serve(token);
     }
     p_.stale = -1;
-    if (wide())
-      Stream<__nv_bfloat16, 128, false>::advance(p_.ring, last, next);
+    if (stream_width() > 64)
+      Stream<__nv_bfloat16, 128, Probing::none>::advance(p_.ring, last, next);
     else
-      Stream<__nv_bfloat16, 64, false>::advance(p_.ring, last, next);
+      Stream<__nv_bfloat16, 64, Probing::none>::advance(p_.ring, last, next);
     __syncthreads();
-    p_.attention().combine(p_.fixed.look, now, p_.row);
+    if constexpr (plain)
+      weights_ = attention().log_sums(p_.fixed.look, p_.row);
+    else
+      attention().combine(p_.fixed.look, now, p_.row);
   }
 
-  __device__ bool wide() const { return stream_width(p_.trace.key_dim, p_.trace.value_dim) > 64; }
-
-  /// bfloat16 is inlined, the rest is called.
+  /// Plain rows are streamed here, others by a call.
   __device__ __forceinline__ void stream(const RowNow& now, bool next) {
     const RowLook& look = p_.fixed.look;
     const StreamMemory& memory = p_.row.stream;
-    if (p_.trace.elements == Dtype::float16 || p_.probe_known) {
+    if constexpr (plain) {
+      const auto run = [&](auto probing) __attribute__((always_inline)) {
+        Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, args_.settings.kept_tiles);
+        stream.run(p_.ring, next);
+        named_wait(parts_are_free, team_threads);
+        stream.store();
+      };
+      if (p_.traits().key_probe && p_.probe_known)
+        run(std::integral_constant<Probing, Probing::among_queries>{});
+      else
+        run(std::integral_constant<Probing, Probing::none>{});
+    } else {
       Ring ring = p_.ring;
       const RowNow copy = now;
       stream_apart(p_.trace.elements, look, copy, memory, ring, next);
       p_.ring = ring;
-    } else if (wide()) {
-      stream_here<__nv_bfloat16, 128, false>(look, now, memory, p_.ring, next);
-    } else {
-      stream_here<__nv_bfloat16, 64, false>(look, now, memory, p_.ring, next);
     }
   }
 
-  /// What the warps that do not stream do for the steps before and after.
+  /// What the warps that do not stream do for the steps before and after, if they have made the outputs.
   __device__ void serve(int token) {
-    measure_step();
+    measure_outputs();
     if (token + 1 < args_.last) fetch(token + 1);
     await_copies<0>();
   }
   __device__ void fetch(int token) const {
     const int m = p_.settings.measured_of_token[token], row = p_.layer.row_of_token[token];
-    if (p_.fixed.streamed) inputs().fetch(token, m, row);
+    if (streamed()) inputs().fetch(token, m, row);
     if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
   }
 
-  /// Compares the outputs of the last row that was measured, which is a step back or the present one. Needs a barrier before.
-  __device__ void measure_step() {
+  /// f(head) of the last row that was measured, which is a step back or the present one, heads dealt over the warps that do
+  /// not stream.
+  template <class F>
+  __device__ void each_measured_head(F f) {
     if (measured_ < 0 || streams_now()) return;
     const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
-    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps)
+    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) f(g);
+  }
+  /// A plain row's outputs, from the parts that it left: before another leaves its own. Needs a barrier before.
+  __device__ void make_outputs() {
+    if constexpr (plain)
+      each_measured_head(
+          [&](int g) { attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row); });
+  }
+  /// Compares outputs, which are the warp's own or had a barrier since.
+  __device__ void measure_outputs() {
+    each_measured_head([&](int g) {
       measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
                    inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
+    });
+  }
+  /// Both. Needs a barrier before.
+  __device__ void measure_step() {
+    make_outputs();
+    measure_outputs();
   }
 
   /// measure_step() now, before something else attends. Gives a barrier when it has to.
@@ -191,12 +247,15 @@ class StepRow : protected Stages<P> {
 
   /// What a copy that went on in this one's place left behind.
   __device__ void follow(const StepRow& copy) {
-    p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_;
+    p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_, weights_ = copy.weights_;
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  const bool prepares_;  // every step does
+  static constexpr int parts_are_free = 1;  // the named barrier: outputs were made of the parts that the last row left
+
+  const bool prepares_;              // every step does
+  TokenAttention::Weights weights_;  // of the last row, where it is plain
   const float* bias_ = nullptr;
   int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1

@@ -10,12 +10,12 @@
 
 namespace kv {
 
-/// One unit through the tokens of a launch.
-template <class P>
-class Steps : StepRow<P> {
+/// One unit through the tokens of a launch; `width` as StepRow's.
+template <class P, int width>
+class Steps : StepRow<P, width> {
  public:
-  using StepRow<P>::size;
-  using StepRow<P>::StepRow;
+  using StepRow<P, width>::size;
+  using StepRow<P, width>::StepRow;
 
   /// Tokens [first, last) one by one.
   __device__ void run() {
@@ -33,17 +33,21 @@ class Steps : StepRow<P> {
   }
 
  private:
-  using Row = StepRow<P>;
+  using Row = StepRow<P, width>;
+  using Row::absolute;
   using Row::args_;
+  using Row::asks_for_mass;
   using Row::attend_again;
   using Row::begin;
   using Row::begin_step;
   using Row::bias_;
   using Row::bias_moved_;
+  using Row::future_mass;
   using Row::inputs;
   using Row::links;
   using Row::look_around;
   using Row::look_probes_;
+  using Row::make_outputs;
   using Row::mass;
   using Row::measure_step;
   using Row::measured_;
@@ -72,21 +76,23 @@ class Steps : StepRow<P> {
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
-      if (p_.traits().future_mass) settle_measure();
-      const bool looks = !own_look_ || !p_.absolute() || p_.traits().future_mass || probes(due) != look_probes_;
+      if (future_mass()) settle_measure();
+      const bool looks = !own_look_ || !absolute() || future_mass() || probes(due) != look_probes_;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks);
       own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
       look_probes_ = attends ? probes(due) : look_probes_;
       bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
     }
     stop_clock(TimedPhase::append);
-    if (attends)
+    if (attends) {
       pass(token, !prepares);
-    else if (!streams_now())
+    } else if (!streams_now()) {
+      make_outputs();
       serve(token);
+    }
     stop_clock(TimedPhase::attend);
     measured_ = args_.timed ? -1 : m, measured_token_ = token;
-    if (m >= 0 && p_.settings.mass) {
+    if (m >= 0 && asks_for_mass()) {
       Steps copy = *this;
       measure_mass_too(copy, token, m, observes);
       follow(copy);
@@ -169,6 +175,10 @@ class Steps : StepRow<P> {
     bool newest_folded = false;
     if (merges()) {
       if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
+      if (p_.traits().nearest != Nearest::none) {
+        __syncthreads();
+        Player<P>::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
+      }
       const int target = p_.fold_apart(victim);
       newest_folded = target == last || target == many_targets;
     } else {
@@ -185,18 +195,20 @@ class Steps : StepRow<P> {
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
   __device__ bool evicts_one() const {
-    if constexpr (detail::declares_on_selected<P> || detail::declares_on_compress<P>) return false;
+    if constexpr (detail::declares_on_selected<P>) return false;
     const Traits traits = p_.traits();
+    const int window =
+        detail::declares_on_compress<P> || merges() ? 0 : 1;  // whose statistics are at hand for its hooks
     return p_.size == p_.budget + 1 && traits.select == Select::slots && traits.needs_budget() &&
-           traits.nearest == Nearest::none && traits.future_queries.horizon == 0 && !traits.future_mass &&
-           (traits.observation_window <= 1 || window_is_closed());
+           traits.future_queries.horizon == 0 && !traits.future_mass &&
+           (traits.observation_window <= window || window_is_closed());
   }
   __device__ bool window_is_closed() const {
     return p_.traits().window_once && p_.phase == Phase::decode && p_.progress.compressions > 0;
   }
 
-  /// One pass over the slots: on_attention, the window's statistic where the window is this row, score. Returns the slot
-  /// that must go, the lowest score, of equals the newest; -1 when all are safe. Gives a barrier.
+  /// One pass over the slots: on_attention, the window's statistic where the window is this row, score (or on_compress, a pass
+  /// before). Returns the slot that must go, the lowest score, of equals the newest; -1 when all are safe. Gives a barrier.
   __device__ int observe_and_rank(int token, bool observes) {
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     if (window && (row_of_ != token || bias_moved_ || p_.traits().window_past)) {
@@ -220,20 +232,25 @@ class Steps : StepRow<P> {
       if (key < mine) mine = key, slot = s;
     };
     const auto look_at_slot = [&](int s, int slot_token) {
-      const float score = checked_score(p_.fixed, slots.score(policy, head, s, slot_token), s, slot_token);
+      const float given = detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token);
+      const float score = checked_score(p_.fixed, given, s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (args_.together)
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
-    if (observes && (window || detail::declares_score_in<P> || !together)) {
+    if (observes && (window || detail::declares_score_in<P> || detail::declares_on_compress<P> || !together)) {
       observe();
       __syncthreads();
       observes = false;
     }
+    if constexpr (detail::declares_on_compress<P>) Player<P>::score(p_, 1);
     if (window) {
-      p_.weigh_row_in_place(true);
+      if (slots.info.group <= stream_heads)
+        slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.weigh_in_place(s, mine); });
+      else
+        p_.weigh_row_in_place();
       head.sight_.seen = {p_.fixed.logits, 1, p_.trace.group, p_.fixed.logit_stride};
       row_of_ = -1;
       __syncthreads();  // score_in may read what its neighbours saw
@@ -279,10 +296,8 @@ class Steps : StepRow<P> {
     ++meetings_;
     if (threadIdx.x == 0) {
       int* arrivals = args_.meeting + p_.unit.first_head;
-      __threadfence();
-      atomicAdd(arrivals, 1);
-      while (static_cast<volatile int*>(arrivals)[0] < meetings_ * p_.unit.layer_heads) wait_a_moment();
-      __threadfence();
+      add_release(arrivals, 1);
+      while (load_acquire(arrivals) < meetings_ * p_.unit.layer_heads) wait_a_moment();
     }
     __syncthreads();
   }

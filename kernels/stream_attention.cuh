@@ -6,7 +6,7 @@
 //
 // Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot product
 // is free: each lane takes 8 neighbouring channels of a row as one load. A policy's probe vector goes along as three more
-// rows (24 bits of it). Probabilities enter the second product as two 16-bit words.
+// rows. Probabilities enter the second product as two 16-bit words.
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/stream_look.cuh"
@@ -16,8 +16,9 @@
 namespace kv {
 
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
-/// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each.
-template <class Element, int width, bool probing>
+/// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
+/// neither bent nor hidden, and biased where `biased` says so.
+template <class Element, int width, Probing probing, bool plain = false, bool biased = false>
 class Stream {
  public:
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
@@ -27,15 +28,16 @@ class Stream {
   static constexpr unsigned stage_bytes = tile_bytes + copies * value_step;
   static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
-  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory)
+  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same.
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory, int kept_tiles)
       : look_(look),
         now_(now),
         memory_(memory),
-        tiles_((now.slots + stream_tile - 1) / stream_tile),
-        whole_tiles_(look.key_dim == width && look.value_dim == width ? now.slots / stream_tile : 0),
-        simple_tiles_(look.softcap == 0 && look.bias == nullptr && !look.masked ? now.slots / stream_tile : 0),
-        kept_tiles_(look.kept_tiles),
-        others_(look.kept_tiles >= 0 ? go_first : stay_as_usual),
+        tiles_(tiles_of(now.slots + stream_tile - 1)),
+        whole_tiles_(look.key_dim == width && look.value_dim == width ? tiles_of(now.slots) : 0),
+        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
+        kept_tiles_(kept_tiles),
+        others_(kept_tiles >= 0 ? go_first : stay_as_usual),
         scale_(look.scale),
         logits_(look.logits && row() < look.group
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
@@ -49,7 +51,7 @@ class Stream {
         copy_at_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks))) {}
 
   /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
-  /// row over the same cache. advance() must follow.
+  /// row over the same cache. store() and advance() must follow.
   __device__ __forceinline__ void run(Ring& ring, bool next) {
     if (!ring.running) {
       await_copies<0>();
@@ -83,7 +85,25 @@ class Stream {
       fetch<false>(after, at);
       if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
     }
-    store();
+  }
+
+  /// The warp's part of every head's output, unnormalised.
+  __device__ __forceinline__ void store() {
+    sum_ += __shfl_xor_sync(~0u, sum_, 1);
+    sum_ += __shfl_xor_sync(~0u, sum_, 2);
+    const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
+    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int head = 2 * column() + side;
+      if (head >= group) continue;
+      float* to = memory_.partial + (warp() * group + head) * pitch + row();
+#pragma unroll
+      for (int b = 0; b < value_blocks; ++b) {
+        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
+        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
+      }
+    }
   }
 
   /// Whether a row of so many tiles can start the next one's: every warp must have that many.
@@ -117,6 +137,8 @@ class Stream {
   }
 
  private:
+  /// Whole tiles; one instruction, made again in every loop.
+  __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
   __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
@@ -148,9 +170,16 @@ class Stream {
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
-      const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
+      const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
 #pragma unroll
-      for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+      };
+      if (tile < kept_tiles_) {  // wishes are the same in all threads: others would cost two instructions a copy
+        __syncwarp();            // keeps the compiler from going through both branches
+        copy(stay_long);
+      } else {
+        copy(others_);
+      }
     } else if (tile < tiles_) {
       const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
       const int dim = keys ? look_.key_dim : look_.value_dim, channel = static_cast<int>(lane() % row_chunks) * 8;
@@ -170,9 +199,10 @@ class Stream {
   /// parts of the policy's vector in the rows of heads.
   __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
     float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const unsigned probe_at = probing ? shared_address(memory_.probe) +
-                                            static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
-                                      : 0;
+    const unsigned probe_at =
+        probing == Probing::apart
+            ? shared_address(memory_.probe) + static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
+            : 0;
 #pragma unroll
     for (int j = 0; j < key_chunks; ++j) {
       const uint4 query = load_shared(query_ + static_cast<unsigned>(j) * 64);
@@ -183,7 +213,7 @@ class Stream {
         const uint4 key = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
         Words<Element>::mma(first[t], {query.x, query.y, query.z, query.w}, key.x, key.y);
         Words<Element>::mma(second[t], {query.x, query.y, query.z, query.w}, key.z, key.w);
-        if constexpr (probing) {
+        if constexpr (probing == Probing::apart) {
           const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j) * 64);
           Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key.x, key.y);
           Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key.z, key.w);
@@ -195,8 +225,9 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         dots[t][i] = first[t][i] + second[t][2 + i];
-        if constexpr (probing)
-          keep_probe(tile * stream_tile + t * 8 + 2 * column() + i, probe_first[t][i] + probe_second[t][2 + i]);
+        const int slot = tile * stream_tile + t * 8 + 2 * column() + i;
+        if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[t][i], look_.group);
+        if constexpr (probing == Probing::apart) keep_probe(slot, probe_first[t][i] + probe_second[t][2 + i], 0);
       }
   }
 
@@ -217,6 +248,12 @@ class Stream {
       if (logits_) {
         *reinterpret_cast<float2*>(logits_ + tile * stream_tile) = {x[0], x[1]};
         *reinterpret_cast<float2*>(logits_ + tile * stream_tile + 8) = {x[2], x[3]};
+      }
+      if constexpr (plain && biased) {
+        const float* const bias = look_.bias + tile * stream_tile + 2 * column();
+        const float2 first = *reinterpret_cast<const float2*>(bias),
+                     second = *reinterpret_cast<const float2*>(bias + 8);
+        x[0] += first.x, x[1] += first.y, x[2] += second.x, x[3] += second.y;
       }
 #pragma unroll
       for (float& each : x) each *= log2_e;
@@ -239,16 +276,16 @@ class Stream {
   /// units of log 2.
   __device__ float bent_logit(int at, float dot) const {
     const int slot = at + 2 * column();
-    const bool there = slot < now_.slots && !(look_.masked && look_.hidden(slot, now_.query_token));
-    const float logit = there ? detail::logit_of(look_, dot) : -INFINITY;
+    const bool there = slot < now_.slots && (plain || !(look_.masked && look_.hidden(slot, now_.query_token)));
+    const float logit = !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
     if (logits_ && slot < now_.slots) logits_[at] = logit;
-    return (look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
+    return ((!plain || biased) && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
   }
 
-  /// Rows 0, 1 and 2 of the probe's product are its three parts.
-  __device__ void keep_probe(int slot, float dot) const {
+  /// Rows `first`, first + 1 and first + 2 of the product are the probe's three parts.
+  __device__ void keep_probe(int slot, float dot, int first) const {
     const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
-    if (row() == 0 && slot < now_.slots) look_.probe[slot] = dot + (second + third);
+    if (row() == first && slot < now_.slots) look_.probe[slot] = dot + (second + third);
   }
 
   __device__ void rescale(float most) {
@@ -275,31 +312,12 @@ class Stream {
     }
   }
 
-  /// The warp's part of every head's output, unnormalised.
-  __device__ __forceinline__ void store() {
-    sum_ += __shfl_xor_sync(~0u, sum_, 1);
-    sum_ += __shfl_xor_sync(~0u, sum_, 2);
-    const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
-    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int head = 2 * column() + side;
-      if (head >= group) continue;
-      float* to = memory_.partial + (warp() * group + head) * pitch + row();
-#pragma unroll
-      for (int b = 0; b < value_blocks; ++b) {
-        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
-        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
-      }
-    }
-  }
-
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
   const RowNow& now_;
   const StreamMemory& memory_;
   const int tiles_, whole_tiles_,
       simple_tiles_;       // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
-  const int kept_tiles_;   // that stay in the second-level cache
+  const int kept_tiles_;   // that stay in the second-level cache; -1 = no wishes
   const uint64_t others_;  // the wish for the rest
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
@@ -323,10 +341,10 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
   }
 }
 
-/// Fills StreamMemory::probe: three rows of elements whose sum is the vector to 24 bits, and one of zeros. By one warp; a
-/// barrier must follow.
+/// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
+/// queries. By one warp; a barrier must follow.
 template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words) {
+__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words, Probing where) {
   const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
   for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
     float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
@@ -336,16 +354,17 @@ __device__ void split_probe(const float* vector, int key_dim, int value_dim, uns
       x -= taken.x, y -= taken.y;
       words[part * pitch + turned_channel(2 * i) / 2] = word;
     }
-    words[3 * pitch + i] = 0;
+    if (where == Probing::apart) words[3 * pitch + i] = 0;
   }
 }
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
-template <class Element, int width, bool probing>
+template <class Element, int width, Probing probing>
 __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory,
                                             Ring& ring, bool next) {
-  Stream<Element, width, probing> stream(look, now, memory);
+  Stream<Element, width, probing> stream(look, now, memory, look.kept_tiles);
   stream.run(ring, next);
+  stream.store();
 }
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
@@ -353,9 +372,9 @@ template <class Element, int width>
 __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
                                         bool next) {
   if (look.probe_vector)
-    stream_here<Element, width, true>(look, now, memory, ring, next);
+    stream_here<Element, width, Probing::apart>(look, now, memory, ring, next);
   else
-    stream_here<Element, width, false>(look, now, memory, ring, next);
+    stream_here<Element, width, Probing::none>(look, now, memory, ring, next);
 }
 
 /// stream_row() of rows stored as `elements`, 16 bits each.

@@ -54,6 +54,10 @@ struct StreamMemory {
   unsigned* probe;     // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
 
+/// How a policy's vector goes along with a stream, as three rows (24 bits of it): not, in the places of queries that the group
+/// leaves free, or with products of its own.
+enum class Probing { none, among_queries, apart };
+
 /// Where a warp's ring stands.
 struct Ring {
   bool running = false;  // the first tiles of the next row are under way

@@ -68,6 +68,17 @@ struct BlockTeam {
     return partial[0];
   }
 
+  /// As HostTeam::add_rows, in the same order of additions. Gives a barrier.
+  template <class Head, class RowOf, class Weight>
+  __device__ void add_rows(const Head& head, RowOf row, Weight weight, float* sum, int dim) const {
+    if constexpr (requires { row(0).in_eights(); })
+      if (row(0).in_eights()) {
+        const auto eights = [&](int slot) { return row(slot).eights(); };
+        return add_eights(head, eights, weight, sum, dim);
+      }
+    add_eights(head, row, weight, sum, dim);
+  }
+
   /// As HostTeam::max.
   template <class F>
   __device__ float max(int n, F f) const {
@@ -86,11 +97,8 @@ struct BlockTeam {
 
   /// The smallest of every member's key.
   __device__ unsigned long long min_key(unsigned long long key) const {
-    const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
-    const unsigned least_high = __reduce_min_sync(~0u, high);
-    const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
-    if (threadIdx.x % 32 == 0)
-      memory->best[threadIdx.x / 32] = static_cast<unsigned long long>(least_high) << 32 | least_low;
+    const unsigned long long of_warp = least_of_warp(key);
+    if (threadIdx.x % 32 == 0) memory->best[threadIdx.x / 32] = of_warp;
     __syncthreads();
     unsigned long long best = memory->best[0];
     for (int w = 1; w < team_warps; ++w) best = memory->best[w] < best ? memory->best[w] : best;
@@ -101,21 +109,23 @@ struct BlockTeam {
   /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
   /// call to call, so that one barrier is enough: it is given.
   __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    const unsigned long long of_warp = least_of_warp(key);
+    if (lane == first_with(key == of_warp)) memory->least[turn][warp] = of_warp, memory->least_slot[turn][warp] = slot;
+    __syncthreads();
+    const unsigned long long theirs = lane < team_warps ? memory->least[turn][lane] : ~0ull;
+    return memory->least_slot[turn][first_with(theirs == least_of_warp(theirs))];
+  }
+
+  /// The smallest of a warp's keys.
+  __device__ static unsigned long long least_of_warp(unsigned long long key) {
     const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
     const unsigned least_high = __reduce_min_sync(~0u, high);
     const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
-    const unsigned long long of_warp = static_cast<unsigned long long>(least_high) << 32 | least_low;
-    const unsigned who = __ballot_sync(~0u, key == of_warp);
-    if (static_cast<int>(threadIdx.x % 32) == __ffs(static_cast<int>(who)) - 1)
-      memory->least[turn][threadIdx.x / 32] = of_warp, memory->least_slot[turn][threadIdx.x / 32] = slot;
-    __syncthreads();
-    unsigned long long best = ~0ull;
-    int found = -1;
-#pragma unroll
-    for (int w = 0; w < team_warps; ++w)
-      if (memory->least[turn][w] < best) best = memory->least[turn][w], found = memory->least_slot[turn][w];
-    return found;
+    return static_cast<unsigned long long>(least_high) << 32 | least_low;
   }
+  /// The first lane of a warp for which something is true; of one at least it is.
+  __device__ static int first_with(bool mine) { return __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1; }
 
   /// How many members' x add up to, and in `before` those of lower threads.
   __device__ int scan(int x, int& before) const {
@@ -171,7 +181,65 @@ struct BlockTeam {
     return scan(mine, before);
   }
 
+  /// f(i, value(i), sum of value(j) over j < i) for every i < n, in rounds of four neighbours a thread; returns the sum of all.
+  /// What f(i) writes no other value(j) may read.
+  template <class Value, class F>
+  __device__ int add_before(int n, Value value, F f) const {
+    constexpr int each = 4;
+    int so_far = 0;
+    for (int first = 0; first < n; first += each * team_threads) {
+      const int mine = first + each * static_cast<int>(threadIdx.x);
+      int values[each], sum = 0, before = 0;
+#pragma unroll
+      for (int k = 0; k < each; ++k) values[k] = mine + k < n ? value(mine + k) : 0, sum += values[k];
+      const int total = scan(sum, before);
+      before += so_far;
+#pragma unroll
+      for (int k = 0; k < each; ++k) {
+        if (mine + k < n) f(mine + k, values[k], before);
+        before += values[k];
+      }
+      so_far += total;
+    }
+    return so_far;
+  }
+
  private:
+  /// add_rows of 128 channels at a time: 16 threads a part, 8 channels a thread.
+  template <class Head, class EightsOf, class Weight>
+  __device__ void add_eights(const Head& head, EightsOf row, Weight weight, float* sum, int dim) const {
+    constexpr int parts = 16, lanes = team_threads / parts;
+    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % lanes;
+    const bool upper = threadIdx.x % 32 >= lanes;
+    for (int first = 0; first < dim; first += 8 * lanes) {
+      const int channel = first + 8 * lane;
+      float mine[8] = {};
+      if (channel < dim)
+#pragma unroll 8
+        for (int place = warp + (upper ? parts / 2 : 0); place < head.size(); place += parts) {
+          const int slot = head.at(place);
+          const float w = weight(slot);
+          float x[8];
+          row(slot).eight(channel, x);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) mine[k] += w * x[k];
+        }
+#pragma unroll
+      for (float& x : mine) x += __shfl_xor_sync(~0u, x, lanes);
+      float* partial = memory->partial;  // [warp][32]: of each half of a warp one channel at a time
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        __syncthreads();
+        partial[threadIdx.x] = upper ? mine[k + 4] : mine[k];
+        __syncthreads();
+        const int c = channel + k + (upper ? 4 : 0);
+        const auto pair = [&](int w) { return partial[32 * w + threadIdx.x] + partial[32 * (w + 4) + threadIdx.x]; };
+        if (warp == 0 && c < dim) sum[c] = (pair(0) + pair(2)) + (pair(1) + pair(3));
+      }
+    }
+    __syncthreads();
+  }
+
   /// How many the warps' x add up to, and in `before` those of lower warps.
   __device__ int scan_warps(int x, int& before) const {
     if (threadIdx.x % 32 == 0) memory->warp_sums[threadIdx.x / 32] = x;

@@ -73,11 +73,13 @@ struct FloatRow {
 
 }  // namespace detail
 
-/// Every head's log-sum-exp and output over slots [0, now.slots]. `sink` is [group] or null.
+/// Every head's log-sum-exp and output over slots [0, now.slots]. `sink` is [group] or null; `simple`: no logit is bent, biased
+/// or hidden.
 struct TokenAttention {
   BlockTeam team;
   Dtype elements;
   const float* sink;
+  bool simple = false;
 
   /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`;
   /// gives a barrier.
@@ -143,21 +145,28 @@ struct TokenAttention {
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);
       if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + now.slots] = x;
-      memory.newest[g] = look.bias ? x + look.bias[now.slots] : x;
+      memory.newest[g] = !simple && look.bias ? x + look.bias[now.slots] : x;
     }
     if (look.probe_vector && first == 0) probe_slot(look, now.slots);
   }
 
-  /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
-  /// warp's own log-sum-exps. A lane holds a head's part of the softmax: a warp's, the newest slot's or the sink's.
-  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
-    constexpr int lanes = stream_warps + 2 <= 8 ? 8 : 16, heads = 32 / lanes;
-    static_assert(stream_warps + 2 <= 16);
-    const int lane = static_cast<int>(threadIdx.x % 32), part = lane % lanes, group = look.group, dv = look.value_dim;
+  /// What the parts of a row count: lane h * part_lanes + p of weight[i] holds what part p (a warp's, the newest slot's, the
+  /// sink's) counts in head i * heads_at_once + h.
+  static constexpr int part_lanes = stream_warps + 2 <= 8 ? 8 : 16, heads_at_once = 32 / part_lanes;
+  static_assert(stream_warps + 2 <= 16);
+  struct Weights {
+    float weight[stream_heads / heads_at_once] = {};
+  };
+
+  /// Log-sum-exps from what the warps left, every warp its own copy, to 2^-21; those that are measured exactly, by
+  /// the last warp, since the others hurry. All threads; a barrier before.
+  __device__ Weights log_sums(const RowLook& look, const RowMemory& memory) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), part = lane % part_lanes, group = look.group;
+    Weights weights;
 #pragma unroll
-    for (int g0 = 0; g0 < stream_heads; g0 += heads) {
+    for (int g0 = 0; g0 < stream_heads; g0 += heads_at_once) {
       if (g0 >= group) break;
-      const int g = g0 + lane / lanes;
+      const int g = g0 + lane / part_lanes;
       float most = -INFINITY, sum = 0;  // in units of log 2
       if (g < group) {
         if (part < stream_warps) {
@@ -171,23 +180,62 @@ struct TokenAttention {
       }
       float base = most;
 #pragma unroll
-      for (int k = lanes / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
+      for (int k = part_lanes / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
       const float share = base == -INFINITY ? 0.f : exp2_fast(most - base);
       float all = share * sum;
 #pragma unroll
-      for (int k = lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
-      const float weight = all > 0 ? share / all : 0.f, mine = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
+      for (int k = part_lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
+      weights.weight[g0 / heads_at_once] = all > 0 ? share * __frcp_rn(all) : 0.f;  // a division of 0 is slow
       if (part == 0 && g < group) {
-        memory.own_log_sum()[g] = mine;
-        if (threadIdx.x < 32) memory.log_sum[g] = mine;
+        memory.own_log_sum()[g] = all > 0 ? (base + log2_fast(all)) * ln_2 : -INFINITY;
+        if (threadIdx.x / 32 == team_warps - 1) memory.log_sum[g] = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
       }
-      add_parts(memory, now, g0, min(heads, group - g0), group, dv, weight, lanes);
+    }
+    __syncwarp();
+    return weights;
+  }
+
+  /// The output of head g, by one warp, from what the warps left.
+  __device__ void output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
+                            const RowMemory& memory) const {
+    const int dv = look.value_dim, pitch = stream_pitch(dv), first_lane = g % heads_at_once * part_lanes;
+    const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
+    static_assert(stream_heads / heads_at_once <= 2);
+    float weight[stream_warps + 1];
+#pragma unroll
+    for (int p = 0; p <= stream_warps; ++p) weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
+    for (int c = 4 * static_cast<int>(threadIdx.x % 32); c < dv; c += 128) {
+      float o[4] = {};
+      const auto add = [&](float each, const float(&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
+      };
+#pragma unroll
+      for (int w = 0; w < stream_warps; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(memory.stream.partial + (w * look.group + g) * pitch + c);
+        add(weight[w], {part.x, part.y, part.z, part.w});
+      }
+      const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
+      add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
+                                 widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
+                                 widen(elements, static_cast<std::uint16_t>(words.y)),
+                                 widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
+      *reinterpret_cast<float4*>(memory.output + g * dv + c) = {o[0], o[1], o[2], o[3]};
     }
     __syncwarp();
   }
 
+  /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
+  /// warp's own log-sum-exps.
+  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+    const Weights weights = log_sums(look, memory);
+    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps)
+      output_of(g, weights, look, now.newest_value, memory);
+  }
+
  private:
-  __device__ static float bent(const RowLook& look, const RowNow& now, int slot, float dot) {
+  __device__ float bent(const RowLook& look, const RowNow& now, int slot, float dot) const {
+    if (simple) return dot * look.scale;
     return look.masked && look.hidden(slot, now.query_token) ? -INFINITY : detail::logit_of(look, dot);
   }
 
@@ -195,29 +243,6 @@ struct TokenAttention {
     const float dot = WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim),
                                      detail::FloatRow{look.probe_vector, look.key_dim});
     if (threadIdx.x % 32 == 0) look.probe[slot] = dot;
-  }
-
-  /// Outputs of heads [g0, g0 + heads): lane h * lanes + w holds what part w counts in head g0 + h. Two channels a thread.
-  __device__ void add_parts(const RowMemory& memory, const RowNow& now, int g0, int heads, int group, int dv,
-                            float weight, int lanes) const {
-    const int pitch = stream_pitch(dv), count = heads * dv;
-    for (int first = 0; first < count; first += 2 * team_threads) {
-      const int i = first + 2 * static_cast<int>(threadIdx.x), h = min(i / dv, heads - 1), c = i - h * dv;
-      const bool mine = i < count;
-      const float* part = memory.stream.partial + (g0 + h) * pitch + (mine ? c : 0);
-      float2 o{};
-#pragma unroll
-      for (int w = 0; w < stream_warps; ++w) {
-        const float each = __shfl_sync(~0u, weight, h * lanes + w);
-        const float2 x = *reinterpret_cast<const float2*>(part + w * group * pitch);
-        o.x = __fmaf_rn(x.x, each, o.x), o.y = __fmaf_rn(x.y, each, o.y);
-      }
-      const float newest = __shfl_sync(~0u, weight, h * lanes + stream_warps);
-      if (!mine) continue;
-      o.x = __fmaf_rn(load_element(now.newest_value, elements, c), newest, o.x);
-      o.y = __fmaf_rn(load_element(now.newest_value, elements, c + 1), newest, o.y);
-      *reinterpret_cast<float2*>(memory.output + g0 * dv + i) = o;
-    }
   }
 };
 

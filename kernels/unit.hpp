@@ -100,6 +100,7 @@ struct Unit {
   // Block looks: queries at their places, what came of them.
   void* queries = nullptr;      // [group][block rows][key_dim], unless positions are absolute
   int* query_row = nullptr;     // [block rows]
+  int* query_place = nullptr;   // [block rows] where queries turn to, unless positions are absolute
   int* measured_row = nullptr;  // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
   // Results, [group][measured].
@@ -110,22 +111,32 @@ struct Unit {
   unsigned* clocks = nullptr;  // [steps][timed_phases], or null
 };
 
+/// How rows turn.
+struct Rotation {
+  Dtype elements = Dtype::bfloat16, step = Dtype::float32;  // step: what every product and sum is rounded to
+  int dim = 0, pairs = 0;
+  bool half_style = true;  // pairs (i, i + pairs) or (2i, 2i + 1)
+};
+
 /// What a launch does with every unit.
 enum class Stage {
   begin,     // before the first token
-  place,     // a block's rows behind the cache, for a probe: nothing is appended yet
   look,      // says in a task what queries look at
   probe,     // on_probe, from the sums
   append,    // a block becomes slots
-  measure,   // a block's outputs against full attention
+  measure,   // a block's masses against full attention
   observe,   // on_attention, from the sums
   score,     // scores become candidates
   compress,  // a round: choose, fold, drop
-  count,     // ends a compression
   future,    // adds the mass that the queries of tokens [first, last) will give, for oracles
   steps,     // tokens that come alone, one after the other
   finish     // measures that single queries did not need; which tokens nothing stands for any more
 };
+
+/// Whether a compression may take several rounds.
+constexpr bool in_rounds(const Traits& traits) {
+  return traits.select == Select::links && traits.picks == Picks::disjoint;
+}
 
 /// Settings that all points of a launch share.
 struct PlaySettings {
@@ -161,6 +172,7 @@ struct Launch {
   AttentionTask* tasks = nullptr;  // [units]
   int step_slots = 0;              // most slots of a unit during the steps
   int record_bytes = 0;            // of shared memory for StepRecords
+  int plain_width = 0;             // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
   bool timed = false;
 };
 

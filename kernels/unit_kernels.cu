@@ -1,7 +1,10 @@
 #include "kernels/unit_kernels.hpp"
 
-#include "kernels/elements.cuh"
+#include <algorithm>
+
+#include "kernels/comparison.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/rotation.cuh"
 
 namespace kv {
 namespace {
@@ -12,23 +15,65 @@ __global__ void widen_words_kernel(const void* words, Dtype from, float* to, lon
     to[i] = load_element(words, from, i);
 }
 
-/// A warp a row.
 __global__ void rotate_rows_kernel(RowRotation r) {
-  const int warps = static_cast<int>(blockDim.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const int second = r.half_style ? r.pairs : 1, stride = r.half_style ? 1 : 2;
-  const auto round = [&](float x) { return round_as(r.step, x); };
-  for (long row = blockIdx.x * static_cast<long>(warps) + threadIdx.x / 32; row < r.rows;
-       row += static_cast<long>(gridDim.x) * warps) {
-    const long token = r.token[row % r.count], base = row * r.dim;
-    const float *cos = r.cos + token * r.pairs, *sin = r.sin + token * r.pairs;
-    for (int i = lane; i < r.pairs; i += 32) {
-      const float x = load_element(r.from, r.elements, base + i * stride),
-                  y = load_element(r.from, r.elements, base + i * stride + second);
-      store_element(r.to, r.elements, base + i * stride, round(round(x * cos[i]) + round(-y * sin[i])));
-      store_element(r.to, r.elements, base + i * stride + second, round(round(y * cos[i]) + round(x * sin[i])));
+  const auto at = [&](const void* rows, long row) {
+    return const_cast<char*>(static_cast<const char*>(rows)) + row * r.shape.dim * bytes_of(r.shape.elements);
+  };
+  turn_rows(
+      r.shape, r.rows, blockIdx.x, gridDim.x,
+      [&](long row) {
+        const long angles = static_cast<long>(r.token[row % r.count]) * r.shape.pairs;
+        return TurnedRow{r.cos + angles, r.sin + angles, at(r.from, row), at(r.to, row)};
+      },
+      [](long) {});
+}
+
+/// Keys and queries of a look, turned to the places that the look has found.
+__global__ void turn_look_kernel(const Unit* units, const LayerData* layers, TraceData trace,
+                                 const AttentionTask* tasks) {
+  const Unit& unit = units[blockIdx.x];
+  const LayerData& layer = layers[unit.layer];
+  const AttentionTask& task = tasks[blockIdx.x];
+  if (task.rows == 0) return;
+  const Rotation rotation = rotation_of(trace, layer);
+  const int* key_place = unit.work[3];
+  const auto turned = [&](int place, const void* in, long from, void* out, long to) {
+    const long angles = static_cast<long>(place) * trace.pairs, bytes = trace.key_dim * bytes_of(trace.elements);
+    return TurnedRow{layer.cos + angles, layer.sin + angles, static_cast<const char*>(in) + from * bytes,
+                     static_cast<char*>(out) + to * bytes};
+  };
+  turn_rows(
+      rotation, task.slots, blockIdx.y, gridDim.y,
+      [&](long s) {
+        const int place = key_place[s];
+        return unit.rotated_at[s] == place ? TurnedRow{} : turned(place, unit.keys, s, unit.rotated, s);
+      },
+      [&](long s) { unit.rotated_at[s] = key_place[s]; });
+  turn_rows(
+      rotation, static_cast<long>(task.rows) * trace.group, blockIdx.y, gridDim.y,
+      [&](long i) {
+        const long r = i / trace.group, g = i % trace.group, head = unit.info.kv_head * trace.group + g;
+        return turned(unit.query_place[r], layer.q, head * layer.query_rows + layer.row_of_token[task.query_token[r]],
+                      unit.queries, g * task.rows + r);
+      },
+      [](long) {});
+}
+
+/// A warp a row, head by head.
+__global__ void measure_look_kernel(const Unit* units, const LayerData* layers, Progress* progress, TraceData trace,
+                                    const AttentionTask* tasks, const int* measured_of_token, int measured_count) {
+  const Unit& unit = units[blockIdx.x];
+  const AttentionTask& task = tasks[blockIdx.x];
+  const int warps = static_cast<int>(blockDim.x / 32 * gridDim.y);
+  for (int r = static_cast<int>((blockIdx.y * blockDim.x + threadIdx.x) / 32); r < task.rows; r += warps) {
+    const int token = task.query_token[r], m = measured_of_token[token];
+    if (m < 0) continue;
+    for (int g = 0; g < trace.group; ++g) {
+      const MeasuredHead head{g, m, measured_count, token};
+      const long i = static_cast<long>(r) * trace.group + g;
+      compare_outputs(unit, trace, progress[blockIdx.x], head, task.output + i * trace.value_dim,
+                      full_output_of(unit, layers[unit.layer], trace, head), static_cast<double>(task.lse[i]));
     }
-    for (int c = 2 * r.pairs + lane; c < r.dim; c += 32)
-      store_element(r.to, r.elements, base + c, load_element(r.from, r.elements, base + c));
   }
 }
 
@@ -150,6 +195,28 @@ void widen_words(const void* words, Dtype from, float* to, std::size_t count, cu
 
 void rotate_rows(const RowRotation& rotation, cudaStream_t stream) {
   launch(rotate_rows_kernel, 2048, 256, 0, stream, rotation);
+}
+
+namespace {
+
+/// Blocks of threads beside each other for every unit, each with a few rounds of `rows` rows.
+dim3 blocks_over(int units, long rows, int rows_a_round) {
+  constexpr int rounds = 4;
+  const long beside = (rows + rounds * rows_a_round - 1) / (rounds * rows_a_round);
+  return {static_cast<unsigned>(units), static_cast<unsigned>(std::clamp(beside, 1l, 65535l))};
+}
+
+}  // namespace
+
+void turn_look(const UnitSpan& s, const AttentionTask* looks, const AttentionBounds& bounds, cudaStream_t stream) {
+  const long most = std::max<long>(bounds.slots, static_cast<long>(bounds.rows) * s.trace.group);
+  launch(turn_look_kernel, blocks_over(s.count, most, 32), 256, 0, stream, s.units, s.layers, s.trace, looks);
+}
+
+void measure_look(const UnitSpan& s, const AttentionTask* looks, int rows, const int* measured_of_token, int measured,
+                  cudaStream_t stream) {
+  launch(measure_look_kernel, blocks_over(s.count, rows, 8), 256, 0, stream, s.units, s.layers, s.progress, s.trace,
+         looks, measured_of_token, measured);
 }
 
 void fill_gradient_tasks(const UnitSpan& s, const AttentionTask* looks, int first_token, bool absolute, bool recorded,

@@ -14,10 +14,9 @@ void widen_words(const void* words, Dtype from, float* to, std::size_t count, cu
 struct RowRotation {
   const void* from = nullptr;
   void* to = nullptr;
-  Dtype elements = Dtype::bfloat16, step = Dtype::float32;  // step: what every product and sum is rounded to
-  long rows = 0;                                            // heads * count
-  int count = 0, dim = 0, pairs = 0;
-  bool half_style = true;
+  Rotation shape;
+  long rows = 0;  // heads * count
+  int count = 0;
   const int* token = nullptr;                  // [count]
   const float *cos = nullptr, *sin = nullptr;  // [tokens][pairs]
 };
@@ -26,11 +25,18 @@ void rotate_rows(const RowRotation& rotation, cudaStream_t stream);
 /// A batch of units as kernels see it.
 struct UnitSpan {
   const Unit* units;
-  const Progress* progress;
+  Progress* progress;
   const LayerData* layers;
   TraceData trace;
   int count;
 };
+
+/// Rows that look at caches by their places: keys that are not there yet and all queries turn. `looks` are theirs.
+void turn_look(const UnitSpan& span, const AttentionTask* looks, const AttentionBounds& bounds, cudaStream_t stream);
+
+/// Outputs of the measured ones among a look's rows against full attention; the rest is Stage::finish's.
+void measure_look(const UnitSpan& span, const AttentionTask* looks, int rows, const int* measured_of_token,
+                  int measured, cudaStream_t stream);
 
 /// The tasks of a probed block's key gradients: its look, and whose output gradients enter (`recorded`, or the outputs
 /// themselves). `first_token` is the block's.

@@ -38,12 +38,6 @@ struct AdjacentLinks : Policy {
     team.for_each(head.size(), [&](int s) { head.scratch(s).mass = head.seen(s).mean(); });
     team.sync();
   }
-  /// Sum of f(slot) in token order, by one member; nothing is written meanwhile, so that reads need not wait for each other.
-  KV_HD static float sum_in_order(auto& head, auto f) {
-    float sum = 0;
-    for (int i = 0; i < head.size(); ++i) sum += f(head.at(i));
-    return sum;
-  }
   KV_HD float score_in(auto& head, int slot) const {
     const int place = head.place(slot) - first_place(head), next = head.next(slot);
     if (place < 0 || next < 0) return kv::sink;

@@ -33,18 +33,19 @@ struct KVSlimmer : kv::AdjacentLinks {
   }
   KV_HD void on_probe(auto team, auto& head) const {
     AdjacentLinks::on_probe(team, head);
-    const auto mass = [&](int s) { return head.place(s) < first_place(head) ? 0.f : head.scratch(s).mass; };
-    const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place)); }) + 1e-21f;
-    team.for_each(head.size(), [&](int s) { head.scratch(s).alpha = mass(s) / total; });
+    const auto mass = [&](int s, int place) { return place < first_place(head) ? 0.f : head.scratch(s).mass; };
+    const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place), place); }) + 1e-21f;
+    team.for_each(head.size(), [&](int s) { head.scratch(s).alpha = mass(s, head.place(s)) / total; });
     team.sync();
     float* o = head.value_vector();  // sum alpha v
-    team.for_each(head.info().value_dim, [&](int c) {
-      o[c] = sum_in_order(head, [&](int s) { return head.scratch(s).alpha * value(head, s, c); });
-    });
+    team.add_rows(
+        head, [&](int s) { return head.value(s); }, [&](int s) { return head.scratch(s).alpha * scale(head, s); }, o,
+        head.info().value_dim);
     team.sync();
     const float share = 1 / static_cast<float>(head.block());  // of this block, by its number
     team.for_each(head.size(), [&](int s) {
-      const float deviation = norm(head, [&](int c) { return value(head, s, c) - o[c]; });
+      const float times = scale(head, s);
+      const float deviation = norm([&](int c, float v) { return v * times - o[c]; }, head.value(s));
       const float alpha = head.scratch(s).alpha, h = alpha * (1 - 2 * alpha) * deviation, old = head.state(s).h;
       const float raw = rule == Rule::released ? h : std::abs(h);
       head.state(s).h = smoothing && old == old ? share * raw + (1 - share) * old : raw;
@@ -56,9 +57,12 @@ struct KVSlimmer : kv::AdjacentLinks {
     const float h1 = head.state(plan.target).h, h2 = head.state(victim).h;
     plan.own_key = a1 + 1e-21f, plan.key = a2 + 1e-21f;  // picks fold: a left fold in which mass accumulates
     if (picks == kv::Picks::fold) return plan;
-    const auto both = [&](int c) { return value(head, plan.target, c) + value(head, victim, c) - 2 * o[c]; };
+    const float times1 = scale(head, plan.target), times2 = scale(head, victim);
+    const auto both = [&](int c, float v1, float v2) { return v1 * times1 + v2 * times2 - 2 * o[c]; };
     const auto deviation = [](float a, float h) { return h / (a * (1 - 2 * a) + 1e-21f); };
-    const float h12 = a1 * a2 * (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2) : norm(head, both));
+    const float h12 = a1 * a2 *
+                      (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2)
+                                              : norm(both, head.value(plan.target), head.value(victim)));
     plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
     if (guard == Guard::none) return plan;
     const float sum = plan.own_key + plan.key, a = std::abs(sum) <= 1e-21f ? 0.5f : plan.own_key / sum;
@@ -75,12 +79,21 @@ struct KVSlimmer : kv::AdjacentLinks {
   }
 
  private:
-  KV_HD float value(auto& head, int s, int c) const {
-    return head.value(s)[c] * (rule == Rule::consistent ? 1.f : static_cast<float>(head.multiplicity(s)));
+  /// What makes a value the sum of those that it stands for.
+  KV_HD float scale(auto& head, int s) const {
+    return rule == Rule::consistent ? 1.f : static_cast<float>(head.multiplicity(s));
   }
-  KV_HD float norm(auto& head, auto entry) const {  // L1 as released, else L2
+  /// Of entry(channel, the rows' values): L1 as released, else L2.
+  KV_HD float norm(auto entry, auto row, auto... others) const {
     float l1 = 0, l2 = 0;
-    for (int c = 0; c < head.info().value_dim; ++c) l1 += std::abs(entry(c)), l2 += entry(c) * entry(c);
+    const auto add = [&](int first, int count, const auto&... values) {
+      for (int k = 0; k < 8; ++k)
+        if (k < count) {
+          const float x = entry(first + k, values[k]...);
+          l1 += std::abs(x), l2 += x * x;
+        }
+    };
+    row.each_eight(add, others...);
     return rule == Rule::released ? l1 : std::sqrt(l2);
   }
 };

@@ -66,11 +66,37 @@ struct SlotView {
   KV_HD float log_multiplicity() const { return multiplicity > 1 ? kv::log(static_cast<float>(multiplicity)) : 0.f; }
 };
 
+/// f(first, count, channels first .. first + 7 of every row).
+template <class F, class... Rows>
+KV_HD void call_with_eight(F& f, int first, int count, Rows... rows) {
+  struct Eight {
+    float x[8];
+  };
+  const auto load = [first](auto row) {
+    Eight eight;
+    row.eight(first, eight.x);
+    return eight;
+  };
+  const auto call = [&](const auto&... eights) { f(first, count, eights.x...); };
+  call(load(rows)...);
+}
+
 /// One key or value in float32. Engines that store rows otherwise have a row type of their own with these members.
 struct Row {
   const float* data;
   int dim;
   KV_HD float operator[](int c) const { return data[c]; }
+  /// Channels first .. first + 7; 0 beyond the last.
+  KV_HD void eight(int first, float (&x)[8]) const {
+    for (int k = 0; k < 8; ++k) x[k] = first + k < dim ? data[first + k] : 0.f;
+  }
+  /// f(first, count, channels of this row, of the others) for all channels in order, eight at a time, of which the last may
+  /// have fewer than count = 8: faster than one by one where a single thread reads whole rows. Rows are of one dim.
+  template <class F, class... Others>
+  KV_HD void each_eight(F f, Others... others) const {
+    for (int first = 0; first < dim; first += 8)
+      call_with_eight(f, first, dim - first < 8 ? dim - first : 8, *this, others...);
+  }
   /// Row `index` of `rows`, which an engine stores as it likes.
   KV_HD static Row at(const void* rows, Dtype, long index, int dim) {
     return {static_cast<const float*>(rows) + index * dim, dim};
@@ -133,6 +159,26 @@ struct HostTeam {
     for (int half = 128; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) partial[i] += partial[i + half];
     return partial[0];
+  }
+  /// sum[c] = sum of weight(slot) * row(slot)[c] over all slots of a head, for c < dim: 16 strided partial sums over places, then a
+  /// tree; the same order on both engines.
+  template <class Head, class RowOf, class Weight>
+  KV_HD void add_rows(const Head& head, RowOf row, Weight weight, float* sum, int dim) const {
+    constexpr int parts = 16;
+    for (int first = 0; first < dim; first += 8) {
+      float partial[parts][8] = {}, x[8];
+      for (int place = 0; place < head.size(); ++place) {
+        const int slot = head.at(place);
+        const float w = weight(slot);
+        row(slot).eight(first, x);
+        for (int k = 0; k < 8; ++k) partial[place % parts][k] += w * x[k];
+      }
+      for (int half = parts / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+          for (int k = 0; k < 8; ++k) partial[i][k] += partial[i + half][k];
+      for (int k = 0; k < 8; ++k)
+        if (first + k < dim) sum[first + k] = partial[0][k];
+    }
   }
   /// The largest f(i); -infinity when n is 0.
   template <class F>

@@ -16,8 +16,6 @@ inline void publish_copies() {
   close_copies();
   await_copies<0>();
 }
-inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
-inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
 inline void copy_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const void* from) {
   const uint32_t to[] = {a, b, c, d};

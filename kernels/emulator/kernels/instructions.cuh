@@ -10,6 +10,7 @@ inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.f : y;
 }
+inline float log2_fast(float x) { return std::log2(x); }
 
 inline uint32_t pack_bfloat16(float low, float high) {
   return static_cast<uint32_t>(__float2bfloat16_rn(high).word) << 16 | __float2bfloat16_rn(low).word;
@@ -98,6 +99,15 @@ void await_copies() {
   emulator::await_copies(pending);
 }
 
+template <class T>
+T& by_kept_address(T& object) {
+  return object;
+}
+inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
+inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
+
+inline void add_release(int* to, int x) { *to += x; }
+inline int load_acquire(const int* from) { return *from; }
 using emulator::wait_a_moment;
 
 }  // namespace kv

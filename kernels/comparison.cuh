@@ -1,0 +1,61 @@
+// One head's output against full attention's, for whoever has it: a unit's own thread block or a grid-wide kernel.
+#pragma once
+#include "kernels/unit.hpp"
+
+namespace kv {
+
+/// Records what went wrong first in a unit; false when something had before.
+__device__ inline bool record_error(Progress& progress, UnitError error, int a, int b = 0, int c = 0) {
+  if (atomicCAS(reinterpret_cast<int*>(&progress.error), 0, static_cast<int>(error)) != 0) return false;
+  progress.error_at[0] = a, progress.error_at[1] = b, progress.error_at[2] = c;
+  return true;
+}
+
+/// The m-th of `count` measured queries as head g of a unit sees it.
+struct MeasuredHead {
+  int g, m, count, token;
+};
+
+/// What full attention gives it, [value_dim].
+__device__ inline const float* full_output_of(const Unit& unit, const LayerData& layer, const TraceData& trace,
+                                              const MeasuredHead& head) {
+  const long row = (static_cast<long>(unit.info.kv_head) * head.count + head.m) * trace.group + head.g;
+  return layer.full_output + row * trace.value_dim;
+}
+
+/// Sums over a warp of four numbers a lane, each in the order of a butterfly over 16, 8, 4, 2 and 1 lanes: lanes 0 to 7 have
+/// the first one's, the next eight lanes the second one's, and so on.
+__device__ inline double sum_of_four(double a, double b, double c, double d) {
+  const bool upper = threadIdx.x % 32 >= 16, odd = threadIdx.x / 8 % 2 != 0;
+  const double e = (upper ? c : a) + __shfl_xor_sync(~0u, upper ? a : c, 16);
+  const double f = (upper ? d : b) + __shfl_xor_sync(~0u, upper ? b : d, 16);
+  double sum = (odd ? f : e) + __shfl_xor_sync(~0u, odd ? e : f, 8);
+  for (int k = 4; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+  return sum;
+}
+
+/// Compares one head's output of a measured query with full attention's; by one warp. What single queries do not need is left
+/// to finish_measures: cosine holds o . o' and lost_mass the log-sum-exp until then.
+__device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceData& trace, Progress& progress,
+                                                const MeasuredHead& head, const float* output, const float* full_output,
+                                                double lse) {
+  const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
+  const long in_delta = static_cast<long>(head.m) * trace.group + head.g;
+  const long here = static_cast<long>(head.g) * head.count + head.m;
+  double error2 = 0, full2 = 0, got2 = 0, dot = 0;
+#pragma unroll 4
+  for (int c = lane; c < dv; c += 32) {
+    const double x = output[c], full = full_output[c];
+    error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
+    if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - full_output[c];
+  }
+  const double sum = sum_of_four(error2, full2, got2, dot);
+  if (lane % 8 != 0) return;
+  if (lane <= 8 && !isfinite(sum))
+    record_error(progress, UnitError::not_finite, unit.info.kv_head * trace.group + head.g, head.token);
+  double* const results = lane == 0 ? unit.error2 : lane == 8 ? unit.output2 : lane == 16 ? unit.got2 : unit.cosine;
+  results[here] = sum;
+  if (lane == 0) unit.lost_mass[here] = lse;
+}
+
+}  // namespace kv
