@@ -119,6 +119,7 @@ __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key
     unsigned key;
     bool takes_part;
   };
+  const uint32_t counts = shared_address(team.memory->counts);
   unsigned prefix = 0;
   int left = k;
   for (int shift = 24; shift >= 0; shift -= 8) {
@@ -126,7 +127,7 @@ __device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key
     __syncthreads();
     const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
     const auto count_in = [&](unsigned key) {
-      if ((key & mask) == prefix) atomicAdd(&team.memory->counts[key >> shift & 255u], 1);
+      if ((key & mask) == prefix) count_one(counts + 4 * (key >> shift & 255u));
     };
     if constexpr (ahead)
       team.for_each_read<8>(

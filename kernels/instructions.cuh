@@ -68,6 +68,12 @@ __device__ inline void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+/// Adds 1 to a counter in shared memory. By a generic pointer it would be an atomic on memory of any kind, and lanes that
+/// meet at one counter would take turns.
+__device__ inline void count_one(uint32_t address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
+
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2(l%4)
 /// and the next of row l/4 of each.
 __device__ inline uint4 load_matrices(uint32_t address) {
