@@ -174,7 +174,7 @@ class Stages {
 
   __device__ void compress() {
     const bool due = p_.due(args_.first);
-    if (due) p_.compress(0, args_.row_count);
+    if (due) p_.template compress<true>(0, args_.row_count);
     if (threadIdx.x != 0) return;
     p_.progress.more = due && in_rounds(p_.traits()) && p_.over_budget();
     if (!p_.progress.compressing || p_.progress.more) return;
