@@ -52,6 +52,19 @@ struct AdjacentLinks : Policy {
             .value = static_cast<float>(head.multiplicity(victim)),
             .own_value = static_cast<float>(head.multiplicity(to))};
   }
+  /// L1 or L2 norm of entry(channel, the rows' values).
+  static KV_HD float norm(bool l1, auto entry, auto row, auto... others) {
+    float absolute = 0, squares = 0;
+    const auto add = [&](int first, int count, const auto&... values) {
+      for (int k = 0; k < 8; ++k)
+        if (k < count) {
+          const float x = entry(first + k, values[k]...);
+          absolute += std::abs(x), squares += x * x;
+        }
+    };
+    row.each_eight(add, others...);
+    return l1 ? absolute : std::sqrt(squares);
+  }
   /// A clipped slot counts as fewer tokens than its value sums.
   KV_HD void on_target(auto&, int, FoldTarget& sum) const {
     if (clip > 0 && sum.multiplicity > clip) sum.value_divisor = static_cast<float>(clip);

@@ -45,7 +45,8 @@ struct KVSlimmer : kv::AdjacentLinks {
     const float share = 1 / static_cast<float>(head.block());  // of this block, by its number
     team.for_each(head.size(), [&](int s) {
       const float times = scale(head, s);
-      const float deviation = norm([&](int c, float v) { return v * times - o[c]; }, head.value(s));
+      const float deviation = norm(
+          rule == Rule::released, [&](int c, float v) { return v * times - o[c]; }, head.value(s));
       const float alpha = head.scratch(s).alpha, h = alpha * (1 - 2 * alpha) * deviation, old = head.state(s).h;
       const float raw = rule == Rule::released ? h : std::abs(h);
       head.state(s).h = smoothing && old == old ? share * raw + (1 - share) * old : raw;
@@ -62,7 +63,7 @@ struct KVSlimmer : kv::AdjacentLinks {
     const auto deviation = [](float a, float h) { return h / (a * (1 - 2 * a) + 1e-21f); };
     const float h12 = a1 * a2 *
                       (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2)
-                                              : norm(both, head.value(plan.target), head.value(victim)));
+                                              : norm(false, both, head.value(plan.target), head.value(victim)));
     plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
     if (guard == Guard::none) return plan;
     const float sum = plan.own_key + plan.key, a = std::abs(sum) <= 1e-21f ? 0.5f : plan.own_key / sum;
@@ -82,19 +83,6 @@ struct KVSlimmer : kv::AdjacentLinks {
   /// What makes a value the sum of those that it stands for.
   KV_HD float scale(auto& head, int s) const {
     return rule == Rule::consistent ? 1.f : static_cast<float>(head.multiplicity(s));
-  }
-  /// Of entry(channel, the rows' values): L1 as released, else L2.
-  KV_HD float norm(auto entry, auto row, auto... others) const {
-    float l1 = 0, l2 = 0;
-    const auto add = [&](int first, int count, const auto&... values) {
-      for (int k = 0; k < 8; ++k)
-        if (k < count) {
-          const float x = entry(first + k, values[k]...);
-          l1 += std::abs(x), l2 += x * x;
-        }
-    };
-    row.each_eight(add, others...);
-    return rule == Rule::released ? l1 : std::sqrt(l2);
   }
 };
 KV_REGISTER(KVSlimmer);
