@@ -87,31 +87,31 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
   unsigned long long nearest = ~0ull;
   int at = -1;
   float best = 0;
-  const auto compare = [&](int slot, auto dot, bool keeps) {
-    const auto norm = [&](int s) {
-      const float length = cosine ? std::sqrt(dot(head.key(s), head.key(s))) : 1.f;
-      return length > 0 ? length : 1.f;
-    };
-    const float similarity = dot(head.key(victim), head.key(slot)) / (norm(victim) * norm(slot));
+  const auto norm = [&](int slot, auto dot) {
+    const float length = cosine ? std::sqrt(dot(head.key(slot), head.key(slot))) : 1.f;
+    return length > 0 ? length : 1.f;
+  };
+  const auto compare = [&](int slot, float own_norm, auto dot, bool keeps) {
+    const float similarity = dot(head.key(victim), head.key(slot)) / (own_norm * norm(slot, dot));
     const unsigned long long key =
         static_cast<unsigned long long>(~Cut::key_of(similarity)) << 32 | static_cast<unsigned>(unit.token[slot]);
     if (keeps && key < nearest) nearest = key, at = slot, best = similarity;
   };
   if constexpr (detail::declares_receives<P>) {  // few do: a warp a slot
+    const auto dot = [](DeviceRow a, DeviceRow b) { return WarpRows{}.dot(a, b); };
+    const float own_norm = norm(victim, dot);
     const int lane = static_cast<int>(threadIdx.x % 32), n = player.size;
     for (int first = static_cast<int>(threadIdx.x) - lane; first < n; first += team_threads) {
       const int mine = first + lane;
       const bool receives = mine < n && unit.stays[mine] && player.policy.receives(player.view(mine));
       for (unsigned left = __ballot_sync(~0u, receives); left != 0; left &= left - 1)
-        compare(
-            first + __ffs(static_cast<int>(left)) - 1, [](DeviceRow a, DeviceRow b) { return WarpRows{}.dot(a, b); },
-            lane == 0);
+        compare(first + __ffs(static_cast<int>(left)) - 1, own_norm, dot, lane == 0);
     }
   } else {
+    const auto dot = [](DeviceRow a, DeviceRow b) { return detail::row_dot(a, b); };
+    const float own_norm = norm(victim, dot);
     player.team.for_each(player.size, [&](int slot) {
-      if (unit.stays[slot])
-        compare(
-            slot, [](DeviceRow a, DeviceRow b) { return detail::row_dot(a, b); }, true);
+      if (unit.stays[slot]) compare(slot, own_norm, dot, true);
     });
   }
   if (threadIdx.x == 0) unit.similarity[victim] = 0;
