@@ -143,19 +143,15 @@ struct Player : Play {
     return p;
   }
 
-  /// on_attention of the row just attended, for every slot: a thread's own ones only, so without a barrier.
+  /// on_attention of the row just attended, of groups that SlotLoop does not take: a thread's own slots only, so without a
+  /// barrier.
   __device__ void observe_row() const {
-    if constexpr (detail::declares_on_attention<P>) {
-      if (trace.group <= stream_heads) {
-        const SlotLoop<P> slots(fixed, now);
-        slots.template each<true>(size, [&](int s, const auto& mine) { slots.observe(policy, s, mine); });
-      } else
-        team.for_each(size, [&](int s) {
-          float* sums = unit.sums + static_cast<long>(s) * trace.group;
-          for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
-          policy.on_attention(view(s), Observed{sums, 1, trace.group});
-        });
-    }
+    if constexpr (detail::declares_on_attention<P>)
+      team.for_each(size, [&](int s) {
+        float* sums = unit.sums + static_cast<long>(s) * trace.group;
+        for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
+        policy.on_attention(view(s), Observed{sums, 1, trace.group});
+      });
   }
 
   /// unit.sums of the row just attended, added to what is there (`first`: instead of it).
