@@ -117,10 +117,12 @@ __device__ inline void copy_row(void* rows, Dtype elements, int dim, long to, co
   const int bytes = dim * bytes_of(elements);
   char* target = static_cast<char*>(rows) + to * bytes;
   const char* source = static_cast<const char*>(from_rows) + from * bytes;
-  if (bytes % 16 == 0) {
+  if (bytes % 16 == 0) {  // a warp's share is one word, or few
+#pragma unroll 1
     for (int i = thread; i < bytes / 16; i += threads)
       reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
   } else {
+#pragma unroll 1
     for (int i = thread; i < bytes / 2; i += threads)
       reinterpret_cast<std::uint16_t*>(target)[i] = reinterpret_cast<const std::uint16_t*>(source)[i];
   }
@@ -138,7 +140,7 @@ __device__ inline void copy_bytes(void* to, const void* from, long bytes) {
 
 /// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads, each with several words
 /// under way.
-__device__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
+__device__ __noinline__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
   const auto move = [&]<class Word>(Word) {
     constexpr int ahead = 8;
     const int words = row_bytes / static_cast<int>(sizeof(Word)), all = count * words;

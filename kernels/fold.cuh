@@ -39,9 +39,10 @@ __device__ void book_fold(Player& player, const Fold& plan, int victim) {
   player.progress.lost = 1;
 }
 
-/// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. Needs
-/// and gives a barrier. One target is the clerk's affair; many are dealt over all warps. Returns the target, -1 when there is
-/// none, `many_targets` when there are several.
+/// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. The
+/// clerk plans and keeps the books; one target's channels are dealt over all threads, many targets over all warps. Needs and
+/// gives a barrier, but for the clerk's books. Returns the target, -1 when there is none, `many_targets` when there are
+/// several.
 constexpr int many_targets = -2;
 template <class Player, class Head>
 __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) {
@@ -53,30 +54,29 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
     v = victim;
     return plan;
   };
-  if (player.is_clerk_warp()) {
-    if (player.is_clerk()) {
-      plan = player.policy.on_merge(head, victim);
-      if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
-      if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
-        player.progress.lost_in_folds += unit.multiplicity[victim];
-        plan.target = -1;
-      }
-      if (plan.target < 0) ++player.progress.evictions;
+  const auto sum_at = [&](int slot) {
+    FoldTarget sum = detail::sum_of<by_channel>(player, slot, 1, only);
+    if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
+    return sum;
+  };
+  if (player.is_clerk()) {
+    plan = player.policy.on_merge(head, victim);
+    if (!detail::plan_can_be(player, plan, victim)) plan.target = -1;
+    if (plan.target >= 0 && !any_slot && !unit.stays[plan.target]) {
+      player.progress.lost_in_folds += unit.multiplicity[victim];
+      plan.target = -1;
     }
-    __syncwarp();
-    if (plan.target >= 0 && plan.spread == 1) {
-      FoldTarget sum = detail::sum_of<by_channel>(player, plan.target, 1, only);
-      if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-        player.policy.on_target(head, plan.target, sum);
-      detail::write_target(player, head, plan.target, 1, sum, only, 32);
-      __syncwarp();
-      if (player.is_clerk()) book_fold(player, plan, victim);
-    }
+    if (plan.target < 0) ++player.progress.evictions;
   }
   __syncthreads();
   const int target = plan.target, spread = plan.spread;
   if (target < 0) return -1;
-  if (spread == 1) return target;
+  if (spread == 1) {
+    detail::write_rows<1>(player, head, target, 1, sum_at(target), only, team_threads);
+    __syncthreads();
+    if (player.is_clerk()) book_fold(player, plan, victim);
+    return target;
+  }
   const auto each_target = [&](auto f) {  // f(i, slot) of every slot that receives, by the warp that owns it
     int left = spread, i = 0;
     for (int place = unit.rank[target]; left > 0 && place < player.size; ++place) {
@@ -88,8 +88,7 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
     }
   };
   each_target([&](int i, int slot) {
-    FoldTarget sum = detail::sum_of<by_channel>(player, slot, 1, only);
-    if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
+    const FoldTarget sum = sum_at(slot);
     if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();
@@ -154,7 +153,7 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
     unit.targets[k] = sum;
   });
   __syncthreads();
-  const int lanes = detail::lanes_of_target<by_channel>(player.trace);
+  const int lanes = detail::lanes_of_target<by_channel>(player);
   for (int i = static_cast<int>(threadIdx.x) / lanes; i < receivers; i += team_threads / lanes) {
     const int k = receiving[i], size = members(k, begin);
     detail::write_target(player, head, kept_slot[k], size, unit.targets[k], plan_at(begin), lanes);

@@ -65,13 +65,15 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
 }
 
 /// Whether the rows of a target can be written eight channels at a time; and how many neighbouring lanes write one.
-template <bool by_channel>
-__device__ bool folds_in_eights(const TraceData& trace) {
-  return !by_channel && in_eights(trace.elements, trace.key_dim) && in_eights(trace.elements, trace.value_dim);
+template <bool by_channel, class Player>
+__device__ bool folds_in_eights(const Player& player) {
+  const TraceData& trace = player.trace;
+  return !by_channel && in_eights(player.elements(), trace.key_dim) && in_eights(player.elements(), trace.value_dim);
 }
-template <bool by_channel>
-__device__ int lanes_of_target(const TraceData& trace) {
-  return folds_in_eights<by_channel>(trace) && trace.key_dim <= 128 && trace.value_dim <= 128 ? 16 : 32;
+template <bool by_channel, class Player>
+__device__ int lanes_of_target(const Player& player) {
+  const TraceData& trace = player.trace;
+  return folds_in_eights<by_channel>(player) && trace.key_dim <= 128 && trace.value_dim <= 128 ? 16 : 32;
 }
 
 /// Writes a target's key and value, adjusted sums given, `step` channels at a time by each of `lanes` neighbouring threads:
@@ -98,15 +100,15 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
       if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
         player.fail(UnitError::bad_divisor, target);
       else
-        row[k] = round_as(trace.dtype, (own_of(k) * row[k] + added[k]) / divisor);
+        row[k] = round_as(player.dtype(), (own_of(k) * row[k] + added[k]) / divisor);
     }
-    store_channels(rows, trace.elements, at, row);
+    store_channels(rows, player.elements(), at, row);
   };
   for (int c = step * lane; c < max(dk, dv); c += step * lanes) {
     const bool in_key = c < dk, in_value = c < dv;
     const auto load = [&](int slot, float(&key)[step], float(&value)[step]) {
-      if (in_key) load_channels(unit.keys, trace.elements, static_cast<long>(slot) * dk + c, key);
-      if (in_value) load_channels(unit.values, trace.elements, static_cast<long>(slot) * dv + c, value);
+      if (in_key) load_channels(unit.keys, player.elements(), static_cast<long>(slot) * dk + c, key);
+      if (in_value) load_channels(unit.values, player.elements(), static_cast<long>(slot) * dv + c, value);
     };
     float key[step], value[step], keys[step] = {}, values[step] = {}, weights[step] = {}, x[step], y[step];
     load(target, key, value);
@@ -146,7 +148,7 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
                              int lanes) {
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
   if constexpr (!by_channel)
-    if (folds_in_eights<by_channel>(player.trace)) return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
+    if (folds_in_eights<by_channel>(player)) return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
   write_rows<1>(player, head, target, n, sum, plan_of, lanes);
 }
 

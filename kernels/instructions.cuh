@@ -23,6 +23,13 @@ __device__ inline float log2_fast(float x) {
   return y;
 }
 
+/// 1 / x with the special function unit: relative error 2^-23.
+__device__ inline float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Two elements rounded to nearest, `low` in the lower half.
 __device__ inline uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
@@ -63,9 +70,18 @@ __device__ inline uint4 load_shared(uint32_t address) {
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
   return x;
 }
+__device__ inline const void* load_shared_pointer(uint32_t address) {
+  const void* x;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(address));
+  return x;
+}
 __device__ inline void store_shared(uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
+}
+
+__device__ inline void store_shared(uint32_t address, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
 /// Adds 1 to a counter in shared memory. By a generic pointer it would be an atomic on memory of any kind, and lanes that

@@ -248,11 +248,12 @@ struct Play {
     const int last = size - 1;
     if (gap >= 0) {
       int *rank = unit.rank, *order = unit.order;
-      for (int s = static_cast<int>(threadIdx.x); s < size; s += team_threads) {
-        if (s == victim) continue;
-        const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
-        rank[slot] = place, order[place] = slot;
-      }
+      team.for_each_read(
+          size, [&](int s) { return rank[s]; },
+          [&](int s, int old) {
+            const int place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
+            if (s != victim) rank[slot] = place, order[place] = slot;
+          });
     }
     if (is_clerk()) {
       const int gone = unit.token[victim];

@@ -10,6 +10,7 @@ namespace kv {
 template <class T>
 __device__ void copy_words(T* to, const T* from) {
   static_assert(sizeof(T) % 4 == 0);
+#pragma unroll 1
   for (unsigned i = threadIdx.x; i < sizeof(T) / 4; i += team_threads)
     reinterpret_cast<unsigned*>(to)[i] = reinterpret_cast<const unsigned*>(from)[i];
 }
@@ -29,6 +30,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
     copy_words(&fixed.unit, unit);
     copy_words(&fixed.layer, launch.layers + unit->layer);
     copy_words(&fixed.progress, launch.progress + u);
+#pragma unroll 1
     for (unsigned i = threadIdx.x; i < sizeof(P); i += team_threads)
       policy[i] = reinterpret_cast<const unsigned char*>(points + unit->point)[i];
     if (threadIdx.x == 0) {
@@ -40,6 +42,9 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       fixed.streamed = streamed;
     }
     __syncthreads();
+    if (streamed)
+      clear_parts(fixed.row, fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,
+                  trace.group);
     const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group);
     const int size = play(fixed, *reinterpret_cast<const P*>(policy), memory + row_bytes);
     __syncthreads();

@@ -8,7 +8,8 @@
 
 namespace kv {
 
-template <class P>
+/// `plain`: rows are known to be of bfloat16 (step_row.cuh).
+template <class P, bool plain = false>
 struct Player : Play {
   using PolicyType = P;
   using Slot = typename P::Slot;
@@ -22,13 +23,15 @@ struct Player : Play {
   __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
 
   __device__ Traits traits() const { return policy.traits(); }
+  __device__ Dtype elements() const { return plain ? Dtype::bfloat16 : trace.elements; }
+  __device__ Dtype dtype() const { return plain ? Dtype::bfloat16 : trace.dtype; }
 
   /// The head as hooks see it now, `rows` query rows having been summed in head.seen(). Made where it is used: what a hook
   /// does not read costs nothing.
   __device__ Head head(int rows = 1) const {
     Head h{};
     h.info_ = &unit.info, h.moment_ = {now, phase, progress.compressions, block}, h.size_ = size;
-    h.keys_ = unit.keys, h.values_ = unit.values, h.elements_ = trace.elements;
+    h.keys_ = unit.keys, h.values_ = unit.values, h.elements_ = elements();
     h.token_ = unit.token, h.multiplicity_ = unit.multiplicity, h.order_ = unit.order, h.rank_ = unit.rank;
     h.state_ = reinterpret_cast<Slot*>(unit.state), h.scratch_ = reinterpret_cast<Scratch*>(unit.scratch);
     h.head_state_ = reinterpret_cast<HeadState*>(unit.head_state);
@@ -84,15 +87,18 @@ struct Player : Play {
   /// A token becomes slot size - 1, which the caller made room for: `key` and `value` are its rows. By the clerk's warp.
   __device__ void append_one(int token, const void* key, const void* value) const {
     const int slot = size - 1, lane = static_cast<int>(threadIdx.x % 32);
-    copy_row(unit.keys, trace.elements, trace.key_dim, slot, key, 0, lane, 32);
-    copy_row(unit.values, trace.elements, trace.value_dim, slot, value, 0, lane, 32);
-    if (lane == 0) {
-      unit.token[slot] = token, unit.multiplicity[slot] = 1;
-      unit.order[slot] = unit.rank[slot] = slot;
-      if (!absolute()) unit.rotated_at[slot] = -1;
-      state(slot) = Slot{};
-      unit.stays[slot] = 1, unit.parent[token] = token;
-      unit.slots_at[block] = size;
+    copy_row(unit.keys, elements(), trace.key_dim, slot, key, 0, lane, 32);
+    copy_row(unit.values, elements(), trace.value_dim, slot, value, 0, lane, 32);
+    if (lane == 0) {  // all addresses before the first store, after which the compiler would have to read them anew
+      int *const token_at = unit.token + slot, *const multiplicity_at = unit.multiplicity + slot;
+      int *const order_at = unit.order + slot, *const rank_at = unit.rank + slot;
+      int *const rotated_at = absolute() ? nullptr : unit.rotated_at + slot;
+      int *const parent_at = unit.parent + token, *const slots_at = unit.slots_at + block;
+      Slot* const state_at = &state(slot);
+      std::uint8_t* const stays_at = unit.stays + slot;
+      *token_at = token, *multiplicity_at = 1, *order_at = *rank_at = slot;
+      *state_at = Slot{}, *stays_at = 1, *parent_at = token, *slots_at = size;
+      if (rotated_at) *rotated_at = -1;
     }
     __syncwarp();
     if constexpr (detail::declares_on_append<P>) row_hook(fixed, policy, size, now, phase, block, slot, true);
@@ -112,12 +118,15 @@ struct Player : Play {
 
   /// unit.bias of slots [0, n); those beyond `size` belong to a probed block and have none. Gives a barrier.
   __device__ const float* biases(int n) {
-    if constexpr (!detail::declares_log_bias<P>) return nullptr;
-    team.for_each(n, [&](int s) {
-      if constexpr (detail::declares_log_bias<P>) unit.bias[s] = s < size ? policy.log_bias(view(s)) : 0.f;
-    });
-    __syncthreads();
-    return unit.bias;
+    if constexpr (detail::declares_log_bias<P>) {
+      const SlotLoop<P> slots(fixed, now);
+      const P mine = policy;
+      float* const bias = unit.bias;
+      slots.each(n, [&](int s, int token) { bias[s] = s < size ? mine.log_bias(slots.view(s, token)) : 0.f; });
+      __syncthreads();
+      return bias;
+    }
+    return nullptr;
   }
 
   /// on_attention of a block, from unit.sums. Gives a barrier.
@@ -184,7 +193,8 @@ struct Player : Play {
   /// key . vector of every slot, a warp a slot; needs a barrier before and gives one.
   static __device__ __noinline__ void probe_keys(const Fixed& f, int size) {
     for (int s = static_cast<int>(threadIdx.x / 32); s < size; s += team_warps) {
-      const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, f.trace.elements, s, f.trace.key_dim),
+      const Dtype elements = plain ? Dtype::bfloat16 : f.trace.elements;
+      const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, elements, s, f.trace.key_dim),
                                        detail::FloatRow{f.unit.vector, f.trace.key_dim});
       if (threadIdx.x % 32 == 0) f.unit.probe[s] = dot;
     }

@@ -10,12 +10,14 @@ constexpr int stream_depth = 1;  // tiles of 128 channels that a warp has under 
 constexpr int stream_tile = 16;  // slots that a warp takes at a time
 constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
 constexpr int stream_ring_bytes = stream_depth * (stream_tile * 512 + 128);  // of a warp: tiles of keys and of values
+constexpr int softmax_parts = 8;  // most parts that a head's softmax is put together from: a warp's each, the newest slot's, the sink's
+static_assert(stream_warps + 2 <= softmax_parts);
 constexpr int input_buffers = 3;  // a step's inputs: of the one before, the present one, and the next
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 /// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
-constexpr int stream_pitch(int value_dim) { return value_dim + 4; }
+constexpr int stream_pitch(int width) { return width + 4; }
 
 /// Elements between the heads' queries in shared memory: apart by half of all banks, so that two rows are read at once.
 constexpr int query_pitch(int width) { return width + 32; }
@@ -37,10 +39,11 @@ constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + 2 * group * 4 + team_warps * stream_heads * 4;
+  int bytes = group * value_dim * 4 + group * 4 + team_warps * stream_heads * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    bytes += stream_warps * (stream_ring_bytes + group * 8 + group * stream_pitch(value_dim) * 4) +
+    bytes += stream_warps * (stream_ring_bytes + group * stream_pitch(width) * 4) +
+             stream_heads * (softmax_parts + 1) * 8 +                  // of the softmax
              (4 + 2 * stream_heads) * query_pitch(width) * 2 +         // the probe's parts, and queries
              input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
   }

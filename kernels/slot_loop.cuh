@@ -73,75 +73,30 @@ struct SlotLoop {
     return {state[s], info, slot_token, now, multiplicity[s], key_probe};
   }
 
-  /// What a loop reads of a slot ahead of its turn, since it may lie in device memory: its token and, if it is observed, the
-  /// first heads' logits.
-  struct Read {
-    int token;
-    float logit[4];
-  };
-  template <bool observed>
-  __device__ __forceinline__ Read read(int s) const {
-    Read ahead{token[s], {}};
-    if constexpr (observed)
-#pragma unroll
-      for (int g = 0; g < 4; ++g) ahead.logit[g] = g < info.group ? logits[g * logit_stride + s] : -INFINITY;
-    return ahead;
-  }
-
-  /// f(slot, what was read of it) for a thread's own slots.
-  template <bool observed, class F>
+  /// f(slot, its token) for a thread's own slots.
+  template <class F>
   __device__ __forceinline__ void each(int size, F f) const {
-    const int first = static_cast<int>(threadIdx.x);
-    if (first >= size) return;
-    Read next = read<observed>(first);
-#pragma unroll 1
-    for (int s = first; s < size; s += team_threads) {
-      const Read mine = next;
-      if (s + team_threads < size) next = read<observed>(s + team_threads);
-      f(s, mine);
-    }
+    each_two<Looks::not_at_all>(size, [&](int s, int slot_token, const float(&)[stream_heads]) { f(s, slot_token); });
   }
 
-  /// What `weigh` (or, of a `window`, weigh_window) makes of the row just attended, head by head, for one slot of a group
-  /// that fits; 0 beyond the group.
-  template <bool window>
-  __device__ __forceinline__ void weigh(int s, const Read& mine, float (&weighed)[stream_heads]) const {
-    const float b = detail::declares_log_bias<P> ? bias[s] : 0.f;
-#pragma unroll
-    for (float& each : weighed) each = 0;
-#pragma unroll
-    for (int g0 = 0; g0 < stream_heads; g0 += 4) {
-      if (g0 >= info.group) break;
-#pragma unroll
-      for (int g = g0; g < g0 + 4; ++g) {
-        const float logit = g0 == 0 ? mine.logit[g % 4] : g < info.group ? logits[g * logit_stride + s] : -INFINITY;
-        const float p = exp2_fast((logit + b - (g0 == 0 ? first_log_sums[g % 4] : log_sum[g])) * log2_e);
-        if constexpr (window && detail::declares_weigh_window<P>)
-          weighed[g] = logit > -INFINITY ? P::weigh_window(p, logit, 0) : 0.f;
-        else if constexpr (detail::declares_weigh<P>)
-          weighed[g] = logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
-        else
-          weighed[g] = p;
-      }
-    }
+  /// f(slot, its token) for a thread's own slots after on_attention of the row just attended, for groups that fit: its owner's
+  /// own data only.
+  template <class F>
+  __device__ __forceinline__ void observe(const P& policy, int size, F f) const {
+    if constexpr (detail::declares_on_attention<P>)
+      each_two<Looks::observes>(size, [&](int s, int slot_token, const float(&weighed)[stream_heads]) {
+        policy.on_attention(view(s, slot_token), RowObserved(weighed, info.group));
+        f(s, slot_token);
+      });
   }
 
-  /// on_attention of the row just attended, for one slot of a group that fits: its owner's own data only.
-  __device__ __forceinline__ void observe(const P& policy, int s, const Read& mine) const {
-    if constexpr (detail::declares_on_attention<P>) {
-      float weighed[stream_heads];
-      weigh<false>(s, mine, weighed);
-      policy.on_attention(view(s, mine.token), RowObserved(weighed, info.group));
-    }
-  }
-
-  /// A window's statistic of the row just attended in the place of a slot's logits.
-  __device__ __forceinline__ void weigh_in_place(int s, const Read& mine) const {
-    float weighed[stream_heads];
-    weigh<true>(s, mine, weighed);
+  /// A window's statistic of the row just attended in the place of the logits.
+  __device__ __forceinline__ void weigh_in_place(int size) const {
+    each_two<Looks::weighs_window>(size, [&](int s, int, const float(&weighed)[stream_heads]) {
 #pragma unroll
-    for (int g = 0; g < stream_heads; ++g)
-      if (g < info.group) logits[g * logit_stride + s] = weighed[g];
+      for (int g = 0; g < stream_heads; ++g)
+        if (g < info.group) logits[g * logit_stride + s] = weighed[g];
+    });
   }
 
   /// The score of one slot, by a slot hook or one that sees the head.
@@ -153,6 +108,71 @@ struct SlotLoop {
       return policy.score_in(head, s);
     else
       return 0;
+  }
+
+ private:
+  enum class Looks { not_at_all, observes, weighs_window };
+
+  /// What a loop reads of a slot ahead of its turn, since it may lie in device memory: its token and, if it is looked at, the
+  /// first heads' logits and its bias.
+  struct Read {
+    int token;
+    float logit[4], bias;
+  };
+  template <Looks looks>
+  __device__ __forceinline__ Read read(int s) const {
+    Read ahead{token[s], {}, 0};
+    if constexpr (looks != Looks::not_at_all) {
+#pragma unroll
+      for (int g = 0; g < 4; ++g) ahead.logit[g] = g < info.group ? logits[g * logit_stride + s] : -INFINITY;
+      if constexpr (detail::declares_log_bias<P>) ahead.bias = bias[s];
+    }
+    return ahead;
+  }
+
+  /// f(slot, its token, what `weigh` or weigh_window makes of the row just attended, head by head, 0 beyond the group) for a
+  /// thread's own slots: two at a time, since each is a chain of operations that wait for one another.
+  template <Looks looks, class F>
+  __device__ __forceinline__ void each_two(int size, F f) const {
+    constexpr int step = 2 * team_threads;
+    const int first = static_cast<int>(threadIdx.x);
+    if (first >= size) return;
+    const auto other = [&](int s) { return s + team_threads < size ? s + team_threads : s; };
+    Read next[2] = {read<looks>(first), read<looks>(other(first))};
+#pragma unroll 1
+    for (int s = first; s < size; s += step) {
+      const Read mine[2] = {next[0], next[1]};
+      if (s + step < size) next[0] = read<looks>(s + step), next[1] = read<looks>(other(s + step));
+      float weighed[2][stream_heads] = {};
+      if constexpr (looks != Looks::not_at_all) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+#pragma unroll
+          for (int g = 0; g < 4; ++g)
+            weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, first_log_sums[g]);
+        if (info.group > 4)
+#pragma unroll
+          for (int k = 0; k < 2; ++k)
+#pragma unroll
+            for (int g = 4; g < stream_heads; ++g) {
+              const int at = g * logit_stride + (k == 0 ? s : other(s));
+              weighed[k][g] = weigh<looks>(g < info.group ? logits[at] : -INFINITY, mine[k].bias, log_sum[g]);
+            }
+      }
+      f(s, mine[0].token, weighed[0]);
+      if (s + team_threads < size) f(s + team_threads, mine[1].token, weighed[1]);
+    }
+  }
+
+  template <Looks looks>
+  __device__ __forceinline__ static float weigh(float logit, float bias, float log_sum) {
+    const float p = exp2_fast((logit + bias - log_sum) * log2_e);
+    if constexpr (looks == Looks::weighs_window && detail::declares_weigh_window<P>)
+      return logit > -INFINITY ? P::weigh_window(p, logit, 0) : 0.f;
+    else if constexpr (detail::declares_weigh<P>)
+      return logit > -INFINITY ? P::weigh(p, logit, 0) : 0.f;
+    else
+      return p;
   }
 };
 

@@ -7,8 +7,8 @@
 
 namespace kv {
 
-/// One unit at one stage of a launch.
-template <class P>
+/// One unit at one stage of a launch; `plain` as Player's.
+template <class P, bool plain = false>
 class Stages {
  public:
   __device__ Stages(const Launch& launch, Fixed& fixed, const P& policy) : args_(launch), p_(fixed, policy) {
@@ -168,7 +168,7 @@ class Stages {
     if (threadIdx.x == 0 && args_.first_round) p_.progress.compressing = due;
     if (!due) return;
     look_around();
-    Player<P>::score(p_, args_.row_count);
+    Player<P, plain>::score(p_, args_.row_count);
     classify(p_.fixed, p_.size, p_.now, links(), 0);
   }
 
@@ -202,7 +202,7 @@ class Stages {
   }
 
   const Launch& args_;
-  Player<P> p_;
+  Player<P, plain> p_;
 };
 
 }  // namespace kv

@@ -29,21 +29,23 @@ struct StepInputs {
   __device__ void fetch(int token, int m, int row) const {
     const TraceData& t = play.trace;
     const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps, lane = static_cast<int>(threadIdx.x % 32);
-    const auto copy = [&](void* to, const void* from, int bytes) {
-      for (int i = lane; i < bytes / 16; i += 32)
-        copy_16(shared_address(to) + static_cast<unsigned>(i) * 16, static_cast<const char*>(from) + i * 16);
+    const auto copy = [&](void* to, const void* from, int bytes) {  // at most 512: streams are 128 channels wide
+      if (lane < bytes / 16)
+        copy_16(shared_address(to) + static_cast<unsigned>(lane) * 16, static_cast<const char*>(from) + lane * 16);
     };
     if (warp == 0) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
     if (warp == (team_warps - stream_warps > 1 ? 1 : 0))
       copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
     const int pitch = query_pitch(width);
+#pragma unroll 1
     for (int g = warp; g < t.group; g += team_warps - stream_warps) {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,
                                    static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
         const std::uint16_t* to = play.row.queries[token & 1] + g * pitch;
-        for (int c = 2 * lane; c < t.key_dim; c += 64)
-          copy_4(shared_address(to + turned_channel(c)), from + c * 2, true);
+#pragma unroll
+        for (int c = 2 * lane; c < 2 * lane + 128; c += 64)
+          if (c < t.key_dim) copy_4(shared_address(to + turned_channel(c)), from + c * 2, true);
       }
       if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
     }

@@ -87,6 +87,7 @@ class StepRecords {
     return true;
   }
   __device__ static void copy(void* to, const void* from, int bytes) {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < bytes; i += team_threads)
       static_cast<char*>(to)[i] = static_cast<const char*>(from)[i];
   }

@@ -11,22 +11,24 @@ namespace kv {
 
 /// `width`: of the streams, where rows are plain; 0 for any rows.
 template <class P, int width>
-class StepRow : protected Stages<P> {
+class StepRow : protected Stages<P, (width > 0)> {
+  using Base = Stages<P, (width > 0)>;
+
  public:
-  using Stages<P>::size;
+  using Base::size;
   static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
 
   __device__ StepRow(const Launch& launch, Fixed& fixed, const P& policy)
-      : Stages<P>(launch, fixed, policy),
+      : Base(launch, fixed, policy),
         prepares_(p_.traits().key_probe || biased ||
                   (!plain && (!p_.fixed.streamed || !p_.absolute() || p_.layer.window > 0 ||
                               p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
  protected:
-  using Stages<P>::args_;
-  using Stages<P>::p_;
-  using Stages<P>::add_statistics;
-  using Stages<P>::watches;
+  using Base::args_;
+  using Base::p_;
+  using Base::add_statistics;
+  using Base::watches;
 
   __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }
   __device__ bool streamed() const { return plain || p_.fixed.streamed; }
@@ -67,7 +69,7 @@ class StepRow : protected Stages<P> {
   static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
                                               int block, bool attends, bool due, bool looks) {
     StepRow s(args, fixed, policy);
-    Player<P>& p = s.p_;
+    auto& p = s.p_;
     p.size = size;
     s.begin_step(token, block);
     if (p.is_clerk_warp()) {
@@ -128,7 +130,8 @@ class StepRow : protected Stages<P> {
     } else {
       if constexpr (plain) {
         make_outputs();
-        named_arrive(parts_are_free, team_threads);
+#pragma unroll
+        for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
       }
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row);
@@ -154,7 +157,7 @@ class StepRow : protected Stages<P> {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, args_.settings.kept_tiles);
         stream.run(p_.ring, next);
-        named_wait(parts_are_free, team_threads);
+        named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -199,8 +202,11 @@ class StepRow : protected Stages<P> {
   __device__ void measure_outputs() {
     each_measured_head([&](int g) {
       measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
-                   inputs().full_output(measured_token_, g, measured_), static_cast<double>(p_.row.log_sum[g]));
+                   inputs().full_output(measured_token_, g, measured_), static_cast<double>(log_sum_of(g)));
     });
+  }
+  __device__ float log_sum_of(int g) const {
+    return plain ? TokenAttention::log_sum_of(p_.row.whole[g]) : p_.row.log_sum[g];
   }
   /// Both. Needs a barrier before.
   __device__ void measure_step() {
@@ -230,19 +236,21 @@ class StepRow : protected Stages<P> {
     if (p_.trace.group > stream_heads) return p_.observe_row();
     const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
-    slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.observe(policy, s, mine); });
+    slots.observe(policy, p_.size, [](int, int) {});
   }
 
   __device__ void start_clock() {
     if (args_.timed && threadIdx.x == 0) p_.fixed.clock = clock64();
   }
   __device__ void stop_clock(TimedPhase phase) {
-    if (!args_.timed) return;
+    if (args_.timed) stop_clock_apart(p_.fixed, p_.block * timed_phases + static_cast<int>(phase));
+  }
+  static __device__ __noinline__ void stop_clock_apart(Fixed& fixed, int index) {
     __syncthreads();
     if (threadIdx.x != 0) return;
     const long long now = clock64();
-    p_.unit.clocks[p_.block * timed_phases + static_cast<int>(phase)] += static_cast<unsigned>(now - p_.fixed.clock);
-    p_.fixed.clock = now;
+    fixed.unit.clocks[index] += static_cast<unsigned>(now - fixed.clock);
+    fixed.clock = now;
   }
 
   /// What a copy that went on in this one's place left behind.
@@ -252,7 +260,8 @@ class StepRow : protected Stages<P> {
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  static constexpr int parts_are_free = 1;  // the named barrier: outputs were made of the parts that the last row left
+  // Named barriers, one of each warp that streams: outputs were made of the parts that the last row left.
+  static constexpr int parts_are_free = 1, serving_threads = team_threads - 32 * stream_warps;
 
   const bool prepares_;              // every step does
   TokenAttention::Weights weights_;  // of the last row, where it is plain

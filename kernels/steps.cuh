@@ -34,6 +34,7 @@ class Steps : StepRow<P, width> {
 
  private:
   using Row = StepRow<P, width>;
+  using Played = Player<P, (width > 0)>;
   using Row::absolute;
   using Row::args_;
   using Row::asks_for_mass;
@@ -143,14 +144,14 @@ class Steps : StepRow<P, width> {
 
   /// Rounds of scoring, choosing and folding of as many slots as there are too many.
   static __device__ __noinline__ void compress_rounds(Steps& s, int token) {
-    Player<P>& p = s.p_;
+    auto& p = s.p_;
     s.know_places();
     for (bool more = true; more;) {
       s.start_clock();
       const int rows = s.look_window(token);
       s.stop_clock(TimedPhase::observe);
       s.look_around();
-      Player<P>::score(p, rows);
+      Played::score(p, rows);
       s.stop_clock(TimedPhase::score);
       classify(p.fixed, p.size, p.now, s.links(), s.buffer_);
       if (s.args_.together) s.meet();
@@ -177,7 +178,7 @@ class Steps : StepRow<P, width> {
       if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
       if (p_.traits().nearest != Nearest::none) {
         __syncthreads();
-        Player<P>::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
+        Played::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
       }
       const int target = p_.fold_apart(victim);
       newest_folded = target == last || target == many_targets;
@@ -245,10 +246,10 @@ class Steps : StepRow<P, width> {
       __syncthreads();
       observes = false;
     }
-    if constexpr (detail::declares_on_compress<P>) Player<P>::score(p_, 1);
+    if constexpr (detail::declares_on_compress<P>) Played::score(p_, 1);
     if (window) {
       if (slots.info.group <= stream_heads)
-        slots.template each<true>(p_.size, [&](int s, const auto& mine) { slots.weigh_in_place(s, mine); });
+        slots.weigh_in_place(p_.size);
       else
         p_.weigh_row_in_place();
       head.sight_.seen = {p_.fixed.logits, 1, p_.trace.group, p_.fixed.logit_stride};
@@ -256,12 +257,9 @@ class Steps : StepRow<P, width> {
       __syncthreads();  // score_in may read what its neighbours saw
     }
     if (observes)
-      slots.template each<true>(p_.size, [&](int s, const auto& mine) {
-        slots.observe(policy, s, mine);
-        look_at_slot(s, mine.token);
-      });
+      slots.observe(policy, p_.size, look_at_slot);
     else
-      slots.template each<false>(p_.size, [&](int s, const auto& mine) { look_at_slot(s, mine.token); });
+      slots.each(p_.size, look_at_slot);
     if (args_.together) {  // heads that keep the same tokens keep them in the same slots
       meet();
       each_sum_over_heads(p_.fixed, buffer_, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });

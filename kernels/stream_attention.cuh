@@ -26,6 +26,7 @@ class Stream {
   static constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
   static constexpr unsigned value_step = 512 + 16;  // between the copies of a tile of values: a group of banks further
   static constexpr unsigned stage_bytes = tile_bytes + copies * value_step;
+  static constexpr float headroom = 8;  // probabilities may grow to 2^8 before sums are scaled anew
   static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same.
@@ -48,7 +49,7 @@ class Stream {
         key_at_(keep(ring_ + static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
                      static_cast<unsigned>(row() & 1) * 64)),
         value_at_(keep(ring_ + tile_bytes + place<false>(lane() / 16 * 8 + lane() % 8, lane() / 8 & 1))),
-        copy_at_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks))) {}
+        copy_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks) + (lane() << lane_bit))) {}
 
   /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
   /// row over the same cache. store() and advance() must follow.
@@ -59,8 +60,8 @@ class Stream {
       ring.stage = 0;
 #pragma unroll
       for (int i = 0; i < depth; ++i) {
-        fetch<true>(warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
-        fetch<false>(warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
+        fetch<true>(look_.keys, warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
+        fetch<false>(look_.values, warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
       }
     }
     const int first_again = next && goes_on(tiles_) ? my_tiles() * stream_warps : 0;
@@ -71,12 +72,14 @@ class Stream {
       if (after >= tiles_) after = first_again > 0 ? after - first_again : tiles_;
       const unsigned at = stage * stage_bytes;
       await_copies<2 * depth - 1>();
+      const void* const keys = load_shared_pointer(shared_address(&look_.keys));  // early, as read_values()
       __syncwarp();  // every lane's copies are there
       float dots[2][2];
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
-      fetch<true>(after, at);
+      fetch<true>(keys, after, at);
       await_copies<2 * depth - 1>();
+      const void* const values = load_shared_pointer(shared_address(&look_.values));
       __syncwarp();
       uint4 rows[4];
       read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
@@ -84,28 +87,29 @@ class Stream {
       soften(tile, dots, high, low);
       add_values(at, rows, high, low);
       __syncwarp();
-      fetch<false>(after, at);
+      fetch<false>(values, after, at);
       if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
     }
   }
 
-  /// The warp's part of every head's output, unnormalised.
+  /// The warp's part of every head's output, unnormalised; of all channels, there or not.
   __device__ __forceinline__ void store() {
     sum_ += __shfl_xor_sync(~0u, sum_, 1);
     sum_ += __shfl_xor_sync(~0u, sum_, 2);
-    const int group = look_.group, value_dim = look_.value_dim, pitch = stream_pitch(value_dim);
-    if (column() == 0 && row() < group) memory_.parts[warp() * group + row()] = {most_, sum_};
+    const int group = look_.group;
+    constexpr unsigned pitch = stream_pitch(width) * 4;
+    if (column() == 0 && row() < group) memory_.parts[row() * softmax_parts + warp()] = {most_, sum_};
+    const unsigned head = 2 * static_cast<unsigned>(column());
+    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp() * group) * pitch + head * pitch +
+                        static_cast<unsigned>(row()) * 4;
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int head = 2 * column() + side;
-      if (head >= group) continue;
-      float* to = memory_.partial + (warp() * group + head) * pitch + row();
+    for (unsigned side = 0; side < 2; ++side)
+      if (static_cast<int>(head + side) < group)
 #pragma unroll
-      for (int b = 0; b < value_blocks; ++b) {
-        if (b * 16 < value_dim) to[b * 16] = output_[b][side];
-        if (b * 16 + 8 < value_dim) to[b * 16 + 8] = output_[b][side + 2];
-      }
-    }
+        for (unsigned b = 0; b < value_blocks; ++b) {
+          store_shared(to + side * pitch + b * 64, output_[b][side]);
+          store_shared(to + side * pitch + b * 64 + 32, output_[b][side + 2]);
+        }
   }
 
   /// Whether a row of so many tiles can start the next one's: every warp must have that many.
@@ -160,18 +164,17 @@ class Stream {
 
   __device__ int my_tiles() const { return (tiles_ - warp() + stream_warps - 1) / stream_warps; }
 
-  /// A tile of rows into the stage at `stage_at`, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies
+  /// A tile of `rows` into the stage at `stage_at`, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies
   /// in any case.
   template <bool keys>
-  __device__ __forceinline__ void fetch(int tile, unsigned stage_at) const {
-    const void* rows = keys ? look_.keys : look_.values;
+  __device__ __forceinline__ void fetch(const void* rows, int tile, unsigned stage_at) const {
     constexpr unsigned step = keys ? 512 : value_step;
-    unsigned to = copy_at_ + stage_at + (keys ? 0 : tile_bytes);
+    unsigned to = copy_ % (1u << lane_bit) + stage_at + (keys ? 0 : tile_bytes);
     if constexpr (!keys && rows_a_copy != 2)
       to = ring_ + tile_bytes + stage_at + place<false>(lane() / row_chunks, lane() % row_chunks);
     if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
       const char* from =
-          static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + lane() * 16;
+          static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + (copy_ >> lane_bit) * 16;
       const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
 #pragma unroll
         for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
@@ -247,7 +250,7 @@ class Stream {
   /// Where this lane's row of the b-th block of 16 channels lies.
   __device__ unsigned value_place(unsigned stage_at, int b) const {
     if constexpr (rows_a_copy == 2)  // in odd rows b and b ^ 2 have changed places
-      return value_at_ + stage_at + static_cast<unsigned>(b) * 32 - (b & 2 ? (lane() & 1) * 128 : 0);
+      return value_at_ + stage_at + static_cast<unsigned>(b) * 32 - (b & 2 ? (copy_ >> lane_bit) % 2 * 128 : 0);
     return ring_ + tile_bytes + stage_at +
            place<false>(lane() / 16 * 8 + lane() % 8, (lane() / 8 & 1) + 2 * static_cast<unsigned>(b));
   }
@@ -275,7 +278,7 @@ class Stream {
       for (int i = 0; i < 4; ++i) x[i] = bent_logit(tile * stream_tile + i / 2 * 8 + i % 2, dots[i / 2][i % 2]);
     }
     const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    if (__any_sync(~0u, most > most_)) rescale(most);
+    if (__any_sync(~0u, most > most_ + headroom)) rescale(most);
     const float base = most_ == -INFINITY ? 0.f : most_;
     float p[4];
 #pragma unroll
@@ -342,7 +345,9 @@ class Stream {
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
-  const unsigned key_at_, value_at_, copy_at_;  // this lane's in the first stage
+  const unsigned key_at_, value_at_;  // this lane's in the first stage
+  const unsigned copy_;               // where it copies to there, and the lane itself from bit lane_bit on
+  static constexpr unsigned lane_bit = 18;
   float output_[value_blocks][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };

@@ -42,7 +42,7 @@ struct RowNow {
   const void *newest_key, *newest_value;  // rows of slot `slots`
 };
 
-/// Running maximum (in units of log 2) and sum of one warp's part of a softmax, for one head.
+/// Maximum (in units of log 2) and sum of a part of a head's softmax, or of the whole.
 struct SoftmaxPart {
   float most, sum;
 };
@@ -50,8 +50,8 @@ struct SoftmaxPart {
 /// Shared memory of a stream.
 struct StreamMemory {
   uint4* ring;         // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
-  SoftmaxPart* parts;  // [stream_warps][group]
-  float* partial;      // [stream_warps][group][value_dim padded to stream_pitch]
+  SoftmaxPart* parts;  // [stream_heads][softmax_parts] one of each warp that streams, the newest slot's, the sink's
+  float* partial;      // [stream_warps][group][stream_pitch]
   unsigned* probe;     // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
 

@@ -12,8 +12,10 @@ struct TeamMemory {
   float partial[team_threads];
   int warp_sums[team_warps + 1];
   unsigned long long best[team_warps];
-  unsigned long long least[2][team_warps];
-  int least_slot[2][team_warps];
+  struct alignas(16) Least {
+    unsigned long long key;
+    int slot;
+  } least[2][team_warps];
   int counts[256];
   int flag, number;
 };
@@ -109,12 +111,19 @@ struct BlockTeam {
   /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
   /// call to call, so that one barrier is enough: it is given.
   __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const unsigned long long of_warp = least_of_warp(key);
-    if (lane == first_with(key == of_warp)) memory->least[turn][warp] = of_warp, memory->least_slot[turn][warp] = slot;
+    using Least = TeamMemory::Least;
+    Least(&of_warps)[team_warps] = memory->least[turn];
+    if (key == least_of_warp(key)) of_warps[threadIdx.x / 32] = {key, slot};  // one lane, or all say that there is none
     __syncthreads();
-    const unsigned long long theirs = lane < team_warps ? memory->least[turn][lane] : ~0ull;
-    return memory->least_slot[turn][first_with(theirs == least_of_warp(theirs))];
+    Least least[team_warps];
+#pragma unroll
+    for (int w = 0; w < team_warps; ++w) least[w] = of_warps[w];
+#pragma unroll
+    for (int half = team_warps / 2; half > 0; half /= 2)
+#pragma unroll
+      for (int w = 0; w < half; ++w)
+        if (least[w + half].key < least[w].key) least[w] = least[w + half];
+    return least[0].slot;
   }
 
   /// The smallest of a warp's keys.
@@ -124,8 +133,6 @@ struct BlockTeam {
     const unsigned least_low = __reduce_min_sync(~0u, high == least_high ? low : ~0u);
     return static_cast<unsigned long long>(least_high) << 32 | least_low;
   }
-  /// The first lane of a warp for which something is true; of one at least it is.
-  __device__ static int first_with(bool mine) { return __ffs(static_cast<int>(__ballot_sync(~0u, mine))) - 1; }
 
   /// How many members' x add up to, and in `before` those of lower threads.
   __device__ int scan(int x, int& before) const {

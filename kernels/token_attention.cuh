@@ -14,8 +14,8 @@ struct RowMemory {
   float* full;                 // [input_buffers][group][value_dim]
   float* output;               // [group][value_dim]
   float* log_sum;              // [group] log-sum-exps
-  float* log_sums;             // [team_warps][stream_heads] every warp's own copy
-  float* newest;               // [group] logits of the newest slot, with bias
+  float* log_sums;             // [team_warps][stream_heads] every warp's own copy, to 2^-21
+  SoftmaxPart* whole;          // [stream_heads] what the log-sum-exps of a streamed row are of
   float* probabilities;        // [group][logit_stride] in device memory, for rows that are not streamed
 
   /// This warp's copy of the log-sum-exps, of groups that fit.
@@ -35,18 +35,27 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
     row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * stream_ring_bytes));
     row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
-    row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(value_dim) * 4));
+    row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(width) * 4));
     row.stream.parts =
-        reinterpret_cast<SoftmaxPart*>(take(stream_warps * group * static_cast<long>(sizeof(SoftmaxPart))));
+        reinterpret_cast<SoftmaxPart*>(take(stream_heads * softmax_parts * static_cast<long>(sizeof(SoftmaxPart))));
+    row.whole = reinterpret_cast<SoftmaxPart*>(take(stream_heads * static_cast<long>(sizeof(SoftmaxPart))));
     row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
-  row.newest = reinterpret_cast<float*>(take(group * 4));
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
   row.log_sums = reinterpret_cast<float*>(take(team_warps * stream_heads * 4));
   return row;
+}
+
+/// The parts that nobody leaves: nothing, but for the sink's (`sink` is [group] or null). All threads; a barrier must follow.
+__device__ inline void clear_parts(const RowMemory& row, const float* sink, int group) {
+  for (int i = static_cast<int>(threadIdx.x); i < stream_heads * softmax_parts; i += team_threads) {
+    const int g = i / softmax_parts;
+    const bool has_sink = sink && g < group && i % softmax_parts == stream_warps + 1;
+    row.stream.parts[i] = has_sink ? SoftmaxPart{sink[g] * log2_e, 1} : SoftmaxPart{-INFINITY, 0};
+  }
 }
 
 namespace detail {
@@ -145,60 +154,55 @@ struct TokenAttention {
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);
       if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + now.slots] = x;
-      memory.newest[g] = !simple && look.bias ? x + look.bias[now.slots] : x;
+      memory.stream.parts[g * softmax_parts + stream_warps] = {
+          (!simple && look.bias ? x + look.bias[now.slots] : x) * log2_e, 1};
     }
     if (look.probe_vector && first == 0) probe_slot(look, now.slots);
   }
 
-  /// What the parts of a row count: lane h * part_lanes + p of weight[i] holds what part p (a warp's, the newest slot's, the
-  /// sink's) counts in head i * heads_at_once + h.
-  static constexpr int part_lanes = stream_warps + 2 <= 8 ? 8 : 16, heads_at_once = 32 / part_lanes;
-  static_assert(stream_warps + 2 <= 16);
+  /// What the parts of a row count: lane h * softmax_parts + p of weight[i] holds what part p counts in head
+  /// i * heads_at_once + h.
+  static constexpr int heads_at_once = 32 / softmax_parts;
   struct Weights {
     float weight[stream_heads / heads_at_once] = {};
   };
 
-  /// Log-sum-exps from what the warps left, every warp its own copy, to 2^-21; those that are measured exactly, by
-  /// the last warp, since the others hurry. All threads; a barrier before.
+  /// Log-sum-exps from the parts, every warp its own copy: without a branch, since every step waits for them. All threads; a
+  /// barrier before.
   __device__ Weights log_sums(const RowLook& look, const RowMemory& memory) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), part = lane % part_lanes, group = look.group;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
-    for (int g0 = 0; g0 < stream_heads; g0 += heads_at_once) {
-      if (g0 >= group) break;
-      const int g = g0 + lane / part_lanes;
-      float most = -INFINITY, sum = 0;  // in units of log 2
-      if (g < group) {
-        if (part < stream_warps) {
-          const SoftmaxPart mine = memory.stream.parts[part * group + g];
-          most = mine.most, sum = mine.sum;
-        } else if (part == stream_warps) {
-          most = memory.newest[g] * log2_e, sum = 1;
-        } else if (part == stream_warps + 1 && sink) {
-          most = sink[g] * log2_e, sum = 1;
-        }
-      }
-      float base = most;
+    for (int i = 0; i < stream_heads / heads_at_once; ++i) {
+      if (i * heads_at_once >= look.group) break;
+      const SoftmaxPart mine = memory.stream.parts[i * 32 + lane];
+      float base = mine.most;
 #pragma unroll
-      for (int k = part_lanes / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
-      const float share = base == -INFINITY ? 0.f : exp2_fast(most - base);
-      float all = share * sum;
+      for (int k = softmax_parts / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
+      const float share = exp2_fast(mine.most - (base == -INFINITY ? 0.f : base));
+      float all = share * mine.sum;
 #pragma unroll
-      for (int k = part_lanes / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
-      weights.weight[g0 / heads_at_once] = all > 0 ? share * __frcp_rn(all) : 0.f;  // a division of 0 is slow
-      if (part == 0 && g < group) {
-        memory.own_log_sum()[g] = all > 0 ? (base + log2_fast(all)) * ln_2 : -INFINITY;
-        if (threadIdx.x / 32 == team_warps - 1) memory.log_sum[g] = all > 0 ? (base + log2f(all)) * ln_2 : -INFINITY;
+      for (int k = softmax_parts / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
+      weights.weight[i] = all > 0 ? share * reciprocal_fast(all) : 0.f;
+      if (lane % softmax_parts == 0) {
+        const int g = i * heads_at_once + lane / softmax_parts;
+        memory.own_log_sum()[g] = (base + log2_fast(all)) * ln_2;
+        if (threadIdx.x / 32 == team_warps - 1) memory.whole[g] = {base, all};
       }
     }
     __syncwarp();
     return weights;
   }
 
+  /// The log-sum-exp of a whole, exactly.
+  __device__ static float log_sum_of(const SoftmaxPart& whole) {
+    return whole.sum > 0 ? (whole.most + log2f(whole.sum)) * ln_2 : -INFINITY;
+  }
+
   /// The output of head g, by one warp, from what the warps left.
   __device__ void output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
                             const RowMemory& memory) const {
-    const int dv = look.value_dim, pitch = stream_pitch(dv), first_lane = g % heads_at_once * part_lanes;
+    const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)), first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
     float weight[stream_warps + 1];
@@ -229,6 +233,8 @@ struct TokenAttention {
   /// warp's own log-sum-exps.
   __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
     const Weights weights = log_sums(look, memory);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps)
       output_of(g, weights, look, now.newest_value, memory);
   }

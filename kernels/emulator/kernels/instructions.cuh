@@ -11,6 +11,7 @@ inline float exp2_fast(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 inline uint32_t pack_bfloat16(float low, float high) {
   return static_cast<uint32_t>(__float2bfloat16_rn(high).word) << 16 | __float2bfloat16_rn(low).word;
@@ -84,6 +85,10 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 using emulator::shared_address;
 inline uint4 load_shared(uint32_t address) { return *reinterpret_cast<const uint4*>(emulator::at_shared(address, 16)); }
+inline const void* load_shared_pointer(uint32_t address) {
+  return *reinterpret_cast<const void* const*>(emulator::at_shared(address, 8));
+}
+inline void store_shared(uint32_t address, float x) { *reinterpret_cast<float*>(emulator::at_shared(address, 4)) = x; }
 inline void store_shared(uint32_t address, uint4 x) { *reinterpret_cast<uint4*>(emulator::at_shared(address, 16)) = x; }
 inline void count_one(uint32_t address) { ++*reinterpret_cast<std::uint32_t*>(emulator::at_shared(address, 4)); }
 inline uint4 load_matrices(uint32_t address) { return emulator::matrices<false>("load_matrices", address); }
