@@ -15,11 +15,13 @@ __device__ inline std::uint8_t safety_of(const Protect& protect, int now, float 
   return score == kv::protect || now - token < protect.recent ? safety_protected : safety_normal;
 }
 
-/// A score that can be compared: NaN is the unit's error, and 0 from then on, so that every selection comes to an end.
-__device__ inline float checked_score(Fixed& fixed, float score, int slot, int token) {
-  if (!isnan(score)) return score;
+__device__ __noinline__ inline float report_nan(Fixed& fixed, int slot, int token) {
   Play(fixed).fail(UnitError::nan_score, slot, token);
   return 0;
+}
+/// A score that can be compared: NaN is the unit's error, and 0 from then on, so that every selection comes to an end.
+__device__ inline float checked_score(Fixed& fixed, float score, int slot, int token) {
+  return isnan(score) ? report_nan(fixed, slot, token) : score;
 }
 
 /// One head's candidates, or those of all heads of a layer together.

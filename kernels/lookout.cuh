@@ -24,7 +24,7 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
   }
   __syncthreads();
   const long first = static_cast<long>(play.query_head(0)) * play.layer.query_rows + play.layer.row_of_token[token];
-  Play::attend(
+  Play::attend<0>(
       play,
       {play.at(play.layer.q_rotated, first, trace.key_dim), static_cast<long>(play.layer.query_rows) * trace.key_dim},
       token, token);
@@ -69,7 +69,7 @@ __device__ __noinline__ inline void measure_mass(Play& play, int m, int token, c
     const int heads = min(16, play.trace.group - g0);
     if (g0 > 0) {  // the full row took the place of the own one's log-sum-exps
       play.look_at(token, bias);
-      Play::attend(play, play.queries_of(token), token, play.size - 1);
+      Play::attend<0>(play, play.queries_of(token), token, play.size - 1);
     }
     for (int g = 0; g < heads; ++g) own_lse[g] = play.row.log_sum[g0 + g];
     __syncthreads();

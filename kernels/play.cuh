@@ -39,7 +39,7 @@ struct Play {
   const LayerData& layer;
   const TraceData& trace;
   const PlaySettings& settings;
-  const RowMemory& row;
+  RowMemory& row;
   Progress& progress;
   BlockTeam team;
 
@@ -213,19 +213,21 @@ struct Play {
   }
 
   /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits. What a
-  /// step has under way is lost. Gives a barrier.
+  /// step has under way is lost. Gives a barrier. `width` as TokenAttention::streamed has it.
+  template <int width>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
     const RowNow mine{slots, token, play.row.queries[play.now & 1], play.at(look.keys, slots, look.key_dim),
                       play.at(look.values, slots, look.value_dim)};
     play.ring.running = false;
-    if (!play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
+    if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
     stage_queries(look, queries, play.row.queries[play.now & 1]);
-    play.attention().streamed(look, mine, play.row);
+    play.attention().streamed<width>(look, mine, play.row);
   }
+  template <int width = 0>
   __device__ void attend_apart(int token) {
     Play copy = *this;
-    attend(copy, queries_of(token), token, size - 1);
+    attend<width>(copy, queries_of(token), token, size - 1);
     follow(copy);
   }
 

@@ -35,7 +35,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       policy[i] = reinterpret_cast<const unsigned char*>(points + unit->point)[i];
     if (threadIdx.x == 0) {
       fixed.trace = launch.trace, fixed.settings = launch.settings;
-      fixed.row = carve_row(memory, streamed, trace.key_dim, trace.value_dim, trace.group);
+      carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group);
       fixed.row.probabilities = unit->probabilities;
       fixed.units = launch.units;
       fixed.logits = unit->logits, fixed.logit_stride = logit_stride(unit->capacity);

@@ -39,11 +39,10 @@ constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
-  int bytes = group * value_dim * 4 + group * 4 + team_warps * stream_heads * 4;
+  int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     bytes += stream_warps * (stream_ring_bytes + group * stream_pitch(width) * 4) +
-             stream_heads * (softmax_parts + 1) * 8 +                  // of the softmax
              (4 + 2 * stream_heads) * query_pitch(width) * 2 +         // the probe's parts, and queries
              input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
   }

@@ -152,7 +152,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   /// Plain rows are streamed here, others by a call.
   __device__ __forceinline__ void stream(const RowNow& now, bool next) {
     const RowLook& look = p_.fixed.look;
-    const StreamMemory& memory = p_.row.stream;
+    StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, args_.settings.kept_tiles);
@@ -227,7 +227,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   __device__ void attend_again(int token, int newest_key) {
     settle_measure();
     look(token, newest_key, false);
-    p_.attend_apart(token);
+    p_.template attend_apart<width>(token);
     row_of_ = newest_key < p_.now ? -1 : token;
     own_look_ = false;
   }

@@ -154,9 +154,9 @@ class Steps : StepRow<P, width> {
       Played::score(p, rows);
       s.stop_clock(TimedPhase::score);
       classify(p.fixed, p.size, p.now, s.links(), s.buffer_);
-      if (s.args_.together) s.meet();
+      if (s.together()) s.meet();
       p.compress(s.buffer_, rows);
-      if (s.args_.together) s.buffer_ ^= 1;
+      if (s.together()) s.buffer_ ^= 1;
       s.stop_clock(TimedPhase::compact);
       more = p.over_budget();
       s.row_of_ = -1, p.probe_known = false;  // slots have moved
@@ -165,6 +165,8 @@ class Steps : StepRow<P, width> {
     __syncthreads();
   }
 
+  /// Whether the heads of a layer decide as one: the compiler knows of policies where they never do.
+  __device__ bool together() const { return p_.traits().scope == Scope::layer && args_.together; }
   __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
 
   /// The victim joins its target or is counted, and goes. Needs a barrier before, one must follow.
@@ -224,7 +226,7 @@ class Steps : StepRow<P, width> {
     auto head = p_.head();
     const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
-    const bool together = observes && slots.info.group <= stream_heads;  // observed in the pass that scores
+    const bool at_once = observes && slots.info.group <= stream_heads;  // observed in the pass that scores
     unsigned long long mine = ~0ull;
     int slot = -1;
     const auto rank = [&](int s, float score, int slot_token) {
@@ -236,12 +238,12 @@ class Steps : StepRow<P, width> {
       const float given = detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token);
       const float score = checked_score(p_.fixed, given, s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
-      if (args_.together)
+      if (together())
         p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
-    if (observes && (window || detail::declares_score_in<P> || detail::declares_on_compress<P> || !together)) {
+    if (observes && (window || detail::declares_score_in<P> || detail::declares_on_compress<P> || !at_once)) {
       observe();
       __syncthreads();
       observes = false;
@@ -260,7 +262,7 @@ class Steps : StepRow<P, width> {
       slots.observe(policy, p_.size, look_at_slot);
     else
       slots.each(p_.size, look_at_slot);
-    if (args_.together) {  // heads that keep the same tokens keep them in the same slots
+    if (together()) {  // heads that keep the same tokens keep them in the same slots
       meet();
       each_sum_over_heads(p_.fixed, buffer_, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
       buffer_ ^= 1;

@@ -30,12 +30,12 @@ class Stream {
   static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same.
-  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, const StreamMemory& memory, int kept_tiles)
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory, int kept_tiles)
       : look_(look),
         now_(now),
         memory_(memory),
         tiles_(tiles_of(now.slots + stream_tile - 1)),
-        whole_tiles_(look.key_dim == width && look.value_dim == width ? tiles_of(now.slots) : 0),
+        whole_(look.key_dim == width && look.value_dim == width),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
@@ -64,22 +64,21 @@ class Stream {
         fetch<false>(look_.values, warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
       }
     }
-    const int first_again = next && goes_on(tiles_) ? my_tiles() * stream_warps : 0;
+    const bool again = next && goes_on(tiles_);
     auto stage = static_cast<unsigned>(depth > 1 ? ring.stage : 0);
 #pragma unroll 1
     for (int tile = warp(); tile < tiles_; tile += stream_warps) {
       int after = tile + depth * stream_warps;
-      if (after >= tiles_) after = first_again > 0 ? after - first_again : tiles_;
+      if (after >= tiles_) after = again ? first_tiles(after) : tiles_;
       const unsigned at = stage * stage_bytes;
       await_copies<2 * depth - 1>();
-      const void* const keys = load_shared_pointer(shared_address(&look_.keys));  // early, as read_values()
       __syncwarp();  // every lane's copies are there
       float dots[2][2];
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
-      fetch<true>(keys, after, at);
+      fetch<true>(look_.keys, after, at);
       await_copies<2 * depth - 1>();
-      const void* const values = load_shared_pointer(shared_address(&look_.values));
+      const void* const values = load_shared_pointer(shared_address(&look_.values));  // early, as read_values()
       __syncwarp();
       uint4 rows[4];
       read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
@@ -162,7 +161,11 @@ class Stream {
     return row / rows_a_copy * value_step + in_copy * row_bytes + (chunk ^ in_copy * (8 / rows_a_copy)) * 16;
   }
 
-  __device__ int my_tiles() const { return (tiles_ - warp() + stream_warps - 1) / stream_warps; }
+  /// The tile of the next row that this warp's tile `beyond`, which is not there, stands for.
+  __device__ int first_tiles(int beyond) const {
+    if constexpr (depth == 1) return beyond % stream_warps;
+    return beyond - (tiles_ - warp() + stream_warps - 1) / stream_warps * stream_warps;
+  }
 
   /// A tile of `rows` into the stage at `stage_at`, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies
   /// in any case.
@@ -172,7 +175,7 @@ class Stream {
     unsigned to = copy_ % (1u << lane_bit) + stage_at + (keys ? 0 : tile_bytes);
     if constexpr (!keys && rows_a_copy != 2)
       to = ring_ + tile_bytes + stage_at + place<false>(lane() / row_chunks, lane() % row_chunks);
-    if (tile < whole_tiles_) {  // neighbours in memory from the first row to the last
+    if (whole_ && tile < tiles_of(now_.slots)) {  // neighbours in memory from the first row to the last
       const char* from =
           static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + (copy_ >> lane_bit) * 16;
       const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
@@ -337,9 +340,10 @@ class Stream {
 
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
   const RowNow& now_;
-  const StreamMemory& memory_;
-  const int tiles_, whole_tiles_,
-      simple_tiles_;       // all; of neighbouring whole rows; of logits neither bent, biased nor hidden
+  StreamMemory& memory_;
+  const int tiles_;
+  const bool whole_;        // rows fill the width: whole tiles are neighbours in memory
+  const int simple_tiles_;  // of logits neither bent, biased nor hidden
   const int kept_tiles_;   // that stay in the second-level cache; -1 = no wishes
   const uint64_t others_;  // the wish for the rest
   const float scale_;
@@ -354,7 +358,7 @@ class Stream {
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, Probing probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, const StreamMemory& memory,
+__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                             Ring& ring, bool next) {
   Stream<Element, width, probing> stream(look, now, memory, look.kept_tiles);
   stream.run(ring, next);
@@ -363,7 +367,7 @@ __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& n
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
 template <class Element, int width>
-__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, const StreamMemory& memory, Ring& ring,
+__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring& ring,
                                         bool next) {
   if (look.probe_vector)
     stream_here<Element, width, Probing::apart>(look, now, memory, ring, next);
@@ -373,7 +377,7 @@ __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, 
 
 /// stream_row() of rows stored as `elements`, 16 bits each.
 __device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look, const RowNow& now,
-                                             const StreamMemory& memory, Ring& ring, bool next) {
+                                             StreamMemory& memory, Ring& ring, bool next) {
   const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
   if (half && wide)
     stream_row<__half, 128>(look, now, memory, ring, next);

@@ -47,10 +47,10 @@ struct SoftmaxPart {
   float most, sum;
 };
 
-/// Shared memory of a stream.
+/// Shared memory of a stream: what is of one size for all shapes lies here.
 struct StreamMemory {
   uint4* ring;         // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
-  SoftmaxPart* parts;  // [stream_heads][softmax_parts] one of each warp that streams, the newest slot's, the sink's
+  SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
   float* partial;      // [stream_warps][group][stream_pitch]
   unsigned* probe;     // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };

@@ -111,19 +111,24 @@ struct BlockTeam {
   /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
   /// call to call, so that one barrier is enough: it is given.
   __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
-    using Least = TeamMemory::Least;
-    Least(&of_warps)[team_warps] = memory->least[turn];
-    if (key == least_of_warp(key)) of_warps[threadIdx.x / 32] = {key, slot};  // one lane, or all say that there is none
+    TeamMemory::Least(&of_warps)[team_warps] = memory->least[turn];
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (lane == first_with_least(key)) of_warps[threadIdx.x / 32] = {key, slot};
     __syncthreads();
-    Least least[team_warps];
-#pragma unroll
-    for (int w = 0; w < team_warps; ++w) least[w] = of_warps[w];
-#pragma unroll
-    for (int half = team_warps / 2; half > 0; half /= 2)
-#pragma unroll
-      for (int w = 0; w < half; ++w)
-        if (least[w + half].key < least[w].key) least[w] = least[w + half];
-    return least[0].slot;
+    const TeamMemory::Least theirs = lane < team_warps ? of_warps[lane] : TeamMemory::Least{~0ull, -1};
+    return __shfl_sync(~0u, theirs.slot, first_with_least(theirs.key));
+  }
+
+  /// The first lane of a warp that has the smallest of its keys.
+  __device__ static int first_with_least(unsigned long long key) {
+    const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
+    const bool may_be = high == __reduce_min_sync(~0u, high);
+    unsigned who = __ballot_sync(~0u, may_be);
+    if ((who & (who - 1)) != 0) {  // seldom
+      const unsigned least_low = __reduce_min_sync(~0u, may_be ? low : ~0u);
+      who = __ballot_sync(~0u, may_be && low == least_low);
+    }
+    return __ffs(static_cast<int>(who)) - 1;
   }
 
   /// The smallest of a warp's keys.

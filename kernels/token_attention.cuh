@@ -14,17 +14,17 @@ struct RowMemory {
   float* full;                 // [input_buffers][group][value_dim]
   float* output;               // [group][value_dim]
   float* log_sum;              // [group] log-sum-exps
-  float* log_sums;             // [team_warps][stream_heads] every warp's own copy, to 2^-21
-  SoftmaxPart* whole;          // [stream_heads] what the log-sum-exps of a streamed row are of
+  float log_sums[team_warps * stream_heads];  // every warp's own copy, to 2^-21
+  SoftmaxPart whole[stream_heads];            // what the log-sum-exps of a streamed row are of
   float* probabilities;        // [group][logit_stride] in device memory, for rows that are not streamed
 
   /// This warp's copy of the log-sum-exps, of groups that fit.
-  __device__ float* own_log_sum() const { return log_sums + threadIdx.x / 32 * stream_heads; }
+  __device__ float* own_log_sum() { return log_sums + threadIdx.x / 32 * stream_heads; }
+  __device__ const float* own_log_sum() const { return log_sums + threadIdx.x / 32 * stream_heads; }
 };
 
-/// Lays it out in row_memory_bytes() of shared memory.
-__device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, int value_dim, int group) {
-  RowMemory row{};
+/// Lays the rest out in row_memory_bytes() of shared memory.
+__device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, int key_dim, int value_dim, int group) {
   const auto take = [&](long bytes) {
     char* at = memory;
     memory += (bytes + 15) / 16 * 16;
@@ -36,21 +36,16 @@ __device__ inline RowMemory carve_row(char* memory, bool streamed, int key_dim, 
     row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
     row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(width) * 4));
-    row.stream.parts =
-        reinterpret_cast<SoftmaxPart*>(take(stream_heads * softmax_parts * static_cast<long>(sizeof(SoftmaxPart))));
-    row.whole = reinterpret_cast<SoftmaxPart*>(take(stream_heads * static_cast<long>(sizeof(SoftmaxPart))));
     row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
-  row.log_sums = reinterpret_cast<float*>(take(team_warps * stream_heads * 4));
-  return row;
 }
 
 /// The parts that nobody leaves: nothing, but for the sink's (`sink` is [group] or null). All threads; a barrier must follow.
-__device__ inline void clear_parts(const RowMemory& row, const float* sink, int group) {
+__device__ inline void clear_parts(RowMemory& row, const float* sink, int group) {
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * softmax_parts; i += team_threads) {
     const int g = i / softmax_parts;
     const bool has_sink = sink && g < group && i % softmax_parts == stream_warps + 1;
@@ -91,12 +86,16 @@ struct TokenAttention {
   bool simple = false;
 
   /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`;
-  /// gives a barrier.
-  __device__ void streamed(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+  /// gives a barrier. `width`: of streams where rows are known to be of bfloat16 and nobody probes; 0 for any rows.
+  template <int width>
+  __device__ void streamed(const RowLook& look, const RowNow& now, RowMemory& memory) const {
     Ring ring;
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
-      stream_apart(elements, look, now, memory.stream, ring, false);
+      if constexpr (width > 0)
+        stream_here<__nv_bfloat16, width, Probing::none>(look, now, memory.stream, ring, false);
+      else
+        stream_apart(elements, look, now, memory.stream, ring, false);
     else
       newest_slot(look, now, memory);
     __syncthreads();
@@ -106,7 +105,7 @@ struct TokenAttention {
 
   /// The same of any shape and type, plainly; the newest slot is one of all.
   __device__ __noinline__ void plain(const RowLook& look, const Queries& queries, const RowNow& now,
-                                     const RowMemory& memory) const {
+                                     RowMemory& memory) const {
     const int n = now.slots + 1;
     for (int s = static_cast<int>(threadIdx.x / 32); s < n; s += team_warps) {
       for (int g = 0; g < look.group; ++g) {
@@ -142,7 +141,7 @@ struct TokenAttention {
   }
 
   /// The newest slot's logits and probe, heads dealt over the warps that do not stream.
-  __device__ void newest_slot(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+  __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory) const {
     const int first = static_cast<int>(threadIdx.x / 32) - stream_warps;
     const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim));
     for (int g = first; g < look.group; g += team_warps - stream_warps) {
@@ -169,7 +168,7 @@ struct TokenAttention {
 
   /// Log-sum-exps from the parts, every warp its own copy: without a branch, since every step waits for them. All threads; a
   /// barrier before.
-  __device__ Weights log_sums(const RowLook& look, const RowMemory& memory) const {
+  __device__ Weights log_sums(const RowLook& look, RowMemory& memory) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
@@ -201,7 +200,7 @@ struct TokenAttention {
 
   /// The output of head g, by one warp, from what the warps left.
   __device__ void output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
-                            const RowMemory& memory) const {
+                            RowMemory& memory) const {
     const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)), first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
@@ -231,7 +230,7 @@ struct TokenAttention {
 
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
-  __device__ void combine(const RowLook& look, const RowNow& now, const RowMemory& memory) const {
+  __device__ void combine(const RowLook& look, const RowNow& now, RowMemory& memory) const {
     const Weights weights = log_sums(look, memory);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
