@@ -42,6 +42,11 @@ __device__ inline WorkItem work_item(int tasks, int ranks, int block) {
   const int together = min(tasks, work_group), chunk = together * ranks, rest = block % chunk;
   return {block / chunk * together + rest % together, rest / together};
 }
+/// The k-th piece of a block, where blocks that stay resident go through all pieces, the longest first: in turns to and fro.
+__device__ inline int piece_of_turn(int k) {
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  return k % 2 == 0 ? k * blocks + block : (k + 1) * blocks - 1 - block;
+}
 /// Of a block that does one piece.
 __device__ inline WorkItem work_item(int tasks, int ranks) {
   return work_item(tasks, ranks, static_cast<int>(blockIdx.x));

@@ -48,8 +48,10 @@ void hopper_rows(const AttentionShape& shape, const AttentionTask* tasks, const 
   using Layout = HopperRows<valued>;
   const int ranks = tiles_of(bounds.rows * shape.group, Layout::pairs);
   with_element(shape, [&](auto element) {
-    launch(hopper_row_kernel<decltype(element), valued, fast>, work_blocks(bounds.tasks, ranks), Layout::threads,
-           Layout::bytes, stream, shape, logit_rule(shape), tasks, bounds.tasks, ranks);
+    const auto kernel = hopper_row_kernel<decltype(element), valued, fast>;
+    const auto blocks = static_cast<unsigned>(resident_blocks(kernel, Layout::threads, Layout::bytes));
+    launch(kernel, std::min(blocks, work_blocks(bounds.tasks, ranks)), Layout::threads, Layout::bytes, stream, shape,
+           logit_rule(shape), tasks, bounds.tasks, ranks);
   });
 }
 

@@ -28,15 +28,13 @@ __device__ inline uint32_t half_offset(int row, int chunk, int half_bytes) {
   return static_cast<uint32_t>(chunk / 8 * half_bytes + row * 128 + (((chunk % 8) ^ (row & 7)) << 4));
 }
 
-/// A warpgroup starts copying 64 rows of its own; null rows are zeros.
-template <class RowAt>
-__device__ void copy_own_rows(uint32_t tile, const void* any, RowAt row_at) {
+/// A warpgroup starts copying 64 rows of its own, of these indices.
+__device__ inline void copy_own_rows(uint32_t tile, const void* rows, const int* index) {
   const int thread = static_cast<int>(threadIdx.x % 128), chunk = thread % 16;
-#pragma unroll
-  for (int row = thread / 16; row < 64; row += 8) {
-    const char* const from = static_cast<const char*>(row_at(row));
-    copy_16(tile + half_offset(row, chunk, half_64), from ? from + chunk * 16 : any, from != nullptr);
-  }
+  const char* const from = static_cast<const char*>(rows) + chunk * 16;
+#pragma unroll 4
+  for (int row = thread / 16; row < 64; row += 8)
+    copy_16(tile + half_offset(row, chunk, half_64), from + long{index[row]} * 256);
 }
 
 /// A warp starts copying a tile's rows that follow one another; rows from `count` on are zeros.
@@ -50,9 +48,11 @@ __device__ void copy_tile(uint32_t tile, const void* rows, int count) {
   for (int i = 0; i < 4; ++i) to[i] = tile + half_offset(2 * i + odd, chunk, half_bytes);
   if (count >= height) {
 #pragma unroll 1
-    for (int i = 0; i < height / 8;
-         ++i, from += 2048)  // offsets are constants: so many addresses would not fit the registers
-      copy_four(to[0] + i * 1024, to[1] + i * 1024, to[2] + i * 1024, to[3] + i * 1024, from);
+    for (int i = 0; i < height / 32; ++i, from += 8192) {  // all at once would not fit the registers
+      copy_four<0>(to, from), copy_four<1>(to, from), copy_four<2>(to, from), copy_four<3>(to, from);
+#pragma unroll
+      for (uint32_t& address : to) address += 4096;
+    }
   } else {
 #pragma unroll 1
     for (int i = 0; i < height / 2; ++i) {
@@ -95,6 +95,22 @@ __device__ __forceinline__ void start_dots(Accumulators& d, uint32_t a, uint32_t
                      k > 0);
   products_end();
 }
+
+/// Warpgroups that start their dots one after another, so that one's softmax runs under the others' dots.
+template <int groups>
+struct Turns {
+  const int mine, next = (mine + 1) % groups;
+
+  __device__ explicit Turns(int warpgroup) : mine(warpgroup) {
+    if (next == 0) pass();
+  }
+  __device__ void wait() const { named_wait(1 + mine, 256); }
+  __device__ void pass() const { named_arrive(1 + next, 256); }
+  /// After the last turn: nobody arrives at a barrier that nobody waits for.
+  __device__ void end() const {
+    if (mine == 0) wait();
+  }
+};
 
 /// Probabilities of 64 x 128 as operands, both words of each, or, `fast`, each rounded to one.
 template <bool fast>

@@ -33,24 +33,25 @@ struct alignas(16) ColumnRun {
   QueryTiles tiles;
   int first;           // slot of the block; -1 when there is no more work
   bool other_queries;  // than of the piece before
+  bool visible;        // to every row, as far as is known: of queries that stream, tiles know
   int token[64];
   float bias[64];
 };
 
 /// What is known of a tile's query rows: 128 of a head, or 64 of `head` and 64 of the next one.
 struct alignas(16) ColumnRows {
-  float lse2[hopper_tile];  // in units of log 2
+  static constexpr int none = INT_MIN / 2;  // token of a row that does not count: it sees nothing
+  float lse2[hopper_tile];                  // in units of log 2
   int token[hopper_tile];
-  int head, real, real_lower;  // how many rows count, from the first on; and of the lower half
-  int after;                   // rows of the task that come after the first one
-  bool last;                   // of the head
+  int head, after;   // the upper half's head; rows of the task that come after the first one
+  unsigned visible;  // bit g: all rows count and see all slots of warpgroup g; of queries that stay: all rows count
+  bool lower, last;  // has a lower half; is the head's last
 };
 
 /// Six buffers of 128 rows: keys of a run and four stages of queries that stream past; or, when the queries `stay`, keys of
 /// two runs and the queries.
 struct HopperColumns {
   static constexpr int groups = 4, slots = 64 * groups, threads = 128 * (groups + 1), buffers = 6;
-  static constexpr int registers = 104, copying_registers = 64;
   static constexpr int run_bytes = groups * bytes_64;
   static constexpr int stages = 4, staying = 2;
   // A query tile is free once its dots are there, what is known of its rows only after the next tile's dots. So it is with
@@ -86,14 +87,15 @@ struct HopperColumnWork {
   };
   /// A block's k-th piece; its task may be past the last one, or end before its slots. False after the last piece.
   __device__ bool find(int k, Piece& piece) const {
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), all = pieces();
+    const int all = pieces();
     if (stay) {
+      const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
       const long first = static_cast<long>(block) * all / blocks, end = static_cast<long>(block + 1) * all / blocks;
       const int i = static_cast<int>(first) + k;
       piece = {i / (runs * parts), i % runs, i / runs % parts};
       return i < end;
     }
-    const int i = k % 2 == 0 ? k * blocks + block : (k + 1) * blocks - 1 - block;
+    const int i = piece_of_turn(k);
     const WorkItem item = work_item(tasks, runs * parts, i);
     piece = {item.task, item.rank / parts, item.rank % parts};
     return i < all;
@@ -105,8 +107,8 @@ struct HopperColumnWork {
 struct ColumnBarriers {
   static constexpr int stages = HopperColumns::stages, keys = 2 * HopperColumns::groups, count = 2 * (stages + keys);
   uint32_t first;
-  __device__ uint32_t full(int stage) const { return first + 8 * stage; }
-  __device__ uint32_t free(int stage) const { return full(stages + stage); }
+  __device__ uint32_t full(unsigned stage) const { return first + 8 * stage; }
+  __device__ uint32_t free(unsigned stage) const { return full(stages + stage); }
   __device__ uint32_t keys_full(int group, int buffer) const { return full(2 * stages + 2 * group + buffer); }
   __device__ uint32_t keys_free(int group, int buffer) const { return keys_full(group, buffer) + 8 * keys; }
 };
@@ -119,9 +121,18 @@ struct ColumnCopies {
   char* const shared;
   const int mine, lane = static_cast<int>(threadIdx.x % 32);
 
+  /// Of lane g: the slots of warpgroup g, tokens of the first and the last.
+  struct Slots {
+    int first, first_key, last_key;
+
+    __device__ bool visible(const AttentionTask& task, int first_row, int last_row) const {
+      return all_visible(task, first, 64, first_key, last_key, first_row, last_row);
+    }
+  };
+
   /// The i-th of `tiles` is the turn-th tile in this stage. Rows past the range are zeros.
   __device__ void copy_queries(const AttentionTask& task, const QueryTiles& tiles, int i, uint32_t stages, int turn,
-                               ColumnRows& known) const {
+                               bool stay, const Slots& slots, ColumnRows& known) const {
     const int row = tiles.row(i), first_head = tiles.first_head + tiles.head(i), end = tiles.range.end;
     int index[4], token[4];
     float lse2[4];
@@ -132,16 +143,19 @@ struct ColumnCopies {
       const int r = row + 32 * part + lane - (lower ? tiles.back() : 0), real = min(r, end - 1);
       index[part] = r < end && there ? static_cast<int>(head * task.query_stride) + task.query_row[real] : -1;
       lse2[part] = task.lse[static_cast<long>(real) * shape.group + head] * log2_e;
-      token[part] = task.query_token[real];
+      token[part] = index[part] < 0 ? ColumnRows::none : task.query_token[real];
     }
     if (turn > 0) barrier_wait(barriers.free(mine), (turn - 1) & 1);
     copy_rows(stages + mine * bytes_128, task.queries, index);
 #pragma unroll
     for (int part = 0; part < 4; ++part)
       known.lse2[32 * part + lane] = lse2[part], known.token[32 * part + lane] = token[part];
+    const bool lower = tiles.has_lower(i), full = lower && row + hopper_tile - tiles.back() <= end;
+    const int first_row = __shfl_sync(~0u, token[0], 0), last_row = __shfl_sync(~0u, token[3], 31);
+    const unsigned visible = __ballot_sync(~0u, full && (stay || slots.visible(task, first_row, last_row)));
     if (lane == 0) {
-      known.head = first_head, known.real = end - row, known.real_lower = tiles.has_lower(i) ? end - row : 0;
-      known.after = task.rows - 1 - row, known.last = row + hopper_tile >= end;
+      known.head = first_head, known.after = task.rows - 1 - row, known.visible = visible;
+      known.lower = lower, known.last = row + hopper_tile >= end;
     }
     publish_copies();
     barrier_arrive(barriers.full(mine));
@@ -149,13 +163,17 @@ struct ColumnCopies {
 
   /// The n-th piece's keys and what is known of it; first = -1 for the end of work.
   __device__ void copy_run(const AttentionTask* task, const QueryTiles& tiles, int first, bool other_queries, int n,
-                           bool stay) const {
+                           bool stay, const Slots& slots) const {
     const int buffers = Layout::keys_of(stay), buffer = n % buffers, turn = n / buffers;
     if (turn > 0) barrier_wait(barriers.keys_free(mine, buffer), (turn - 1) & 1);
     const int at = Layout::runs + (mine * Layout::known_runs + n % Layout::known_runs) * int{sizeof(ColumnRun)};
     ColumnRun* const run = reinterpret_cast<ColumnRun*>(shared + at);
     if (lane == 0) run->tiles = tiles, run->first = first, run->other_queries = other_queries;
     if (first >= 0) {
+      const int rows = task->rows;
+      const bool visible =
+          !stay || (rows > 0 && slots.visible(*task, task->query_token[0], task->query_token[rows - 1]));
+      if (lane == mine) run->visible = visible;
       const uint32_t base = shared_address(shared);
       const int slot = min(first + 64 * mine, task->slots);
       copy_tile<64>(base + buffer * Layout::run_bytes + mine * bytes_64,
@@ -187,7 +205,13 @@ struct ColumnCopies {
       RowRange range{0, task.rows};
       if (!work.stay && task.rows > 0) range = rows_that_see(task, first, Layout::slots);
       const QueryTiles tiles(range, first_head, min(work.heads, shape.group - first_head));
-      const int count = tiles.count();
+      const int count = tiles.count(), mine_first = first + 64 * (lane % 4), last_slot = task.slots - 1;
+      const Slots slots{mine_first, task.token[min(mine_first, last_slot)],
+                        task.token[min(mine_first + 63, last_slot)]};
+      for (int i = lane; i < 128; i += 32) {  // two lines a key
+        const int slot = min(first + 64 * mine + i / 2, last_slot);
+        prefetch_line(static_cast<const char*>(task.keys) + static_cast<long>(slot) * 256 + i % 2 * 128);
+      }
       const bool other = piece.task != last_task || piece.part != last_part;
       last_task = piece.task, last_part = piece.part;
       if (other) ++stays;
@@ -196,20 +220,20 @@ struct ColumnCopies {
       for (int i = work.stay ? mine : (mine - streamed) & (Layout::stages - 1); i < end; i += Layout::stages) {
         // Three stages of four are free before the keys of the piece before are.
         if (!keys_there && (work.stay || i + 1 >= Layout::stages))
-          copy_run(&task, tiles, first, other, n, work.stay), keys_there = true;
+          copy_run(&task, tiles, first, other, n, work.stay, slots), keys_there = true;
         const int turn = work.stay ? stays : (streamed + i) / Layout::stages;
         const int at = work.stay ? stays % 2 * Layout::staying + i : (streamed + i) % Layout::known;
         if (i < count) {
-          copy_queries(task, tiles, i, stages, turn, known[at]);
+          copy_queries(task, tiles, i, stages, turn, work.stay, slots, known[at]);
           continue;
         }
         if (turn > 0) barrier_wait(barriers.free(mine), (turn - 1) & 1);
         barrier_arrive(barriers.full(mine));  // stages that stay are counted alike
       }
-      if (!keys_there) copy_run(&task, tiles, first, other, n, work.stay);
+      if (!keys_there) copy_run(&task, tiles, first, other, n, work.stay, slots);
       ++n, streamed += count;
     }
-    copy_run(nullptr, QueryTiles({0, 0}, 0, 0), -1, false, n, work.stay);
+    copy_run(nullptr, QueryTiles({0, 0}, 0, 0), -1, false, n, work.stay, {});
   }
 };
 
@@ -217,14 +241,17 @@ struct ColumnCopies {
 struct ColumnSums {
   int token[2];
   float bias2[2], sum[2] = {0, 0};
+  float* to;  // sums of the slot, and the head from a tile's first on, that the lane writes; null of no slot
 
-  __device__ ColumnSums(const ColumnRun& run) {
+  __device__ ColumnSums(const ColumnRun& run, int warpgroup, int group) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int at = 16 * warp + lane / 4 + 8 * r;
       token[r] = run.token[at], bias2[r] = run.task.bias ? run.bias[at] * log2_e : 0.f;
     }
+    const int slot = run.first + 64 * warpgroup + 16 * warp + lane / 4 + 8 * (lane % 2);
+    to = slot < run.task.slots ? run.task.sums + static_cast<long>(slot) * group + lane / 2 % 2 : nullptr;
   }
 
   /// What the halves of a tile of 128 rows add.
@@ -249,26 +276,21 @@ struct ColumnSums {
         const float p = exp2_fast(__fmaf_rn(s[n][e], rule.factor2, offset));
         const float weighed = Weigh::weigh(p, s[n][e] * rule.factor, after - column - e % 2);
         if constexpr (masked)
-          added[n / 8][r] +=
-              (column + e % 2 < (n < 8 ? rows.real : rows.real_lower)) & sight[e % 2].sees(token[r]) ? weighed : 0.f;
+          added[n / 8][r] += sight[e % 2].sees(token[r]) ? weighed : 0.f;
         else
           added[n / 8][r] += weighed;
       }
     }
   }
 
-  /// Writes a head's sums.
-  __device__ __forceinline__ void store(const float (&sums)[2], const AttentionTask& task, int group, int warp_first,
-                                        int head) const {
+  /// Writes a head's sums and, if there are `two`, the next one's: four threads share two slots, each ends with one sum.
+  __device__ __forceinline__ void store(const float (&first)[2], const float (&second)[2], int head, bool two) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float all = sums[r];
-      all += __shfl_xor_sync(~0u, all, 1);
-      all += __shfl_xor_sync(~0u, all, 2);
-      const int slot = warp_first + lane / 4 + 8 * r;
-      if (lane % 4 == 0 && slot < task.slots) task.sums[static_cast<long>(slot) * group + head] = all;
-    }
+    const bool odd = lane % 2, lower = lane / 2 % 2;
+    const float a = (odd ? first[1] : first[0]) + __shfl_xor_sync(~0u, odd ? first[0] : first[1], 1);
+    const float b = (odd ? second[1] : second[0]) + __shfl_xor_sync(~0u, odd ? second[0] : second[1], 1);
+    const float all = (lower ? b : a) + __shfl_xor_sync(~0u, lower ? a : b, 2);
+    if (to && (two || !lower)) to[head] = all;
   }
 };
 #endif
@@ -296,72 +318,69 @@ __global__ __launch_bounds__(HopperColumns::threads,
 
   const int warpgroup = warpgroup_of_warp();
   if (warpgroup == 0) {
-    fewer_registers<Layout::copying_registers>();
     ColumnCopies{shape, barriers, shared, static_cast<int>(threadIdx.x / 32)}.run(tasks, work);
     return;
   }
-  more_registers<Layout::registers>();
-  const int mine = warpgroup - 1, warp = static_cast<int>(threadIdx.x / 32 % 4), next = (mine + 1) % Layout::groups;
+  const int mine = warpgroup - 1;
   const int key_buffers = Layout::keys_of(work.stay);
   const uint32_t stages = base + key_buffers * Layout::run_bytes;
   const ColumnRun* const runs = reinterpret_cast<const ColumnRun*>(shared + Layout::runs) + mine * Layout::known_runs;
   const ColumnRows* const known = reinterpret_cast<const ColumnRows*>(shared + Layout::rows);
   Accumulators s;
-  if (next == 0) named_arrive(1, 256);
-  int streamed = 0, stays = -1;  // as the copying warps count
+  const Turns<Layout::groups> turns(mine);
+  unsigned streamed = 0;  // as the copying warps count
+  int stays = -1;
   for (int n = 0;; ++n) {
     const int buffer = n % key_buffers;
     barrier_wait(barriers.keys_full(mine, buffer), n / key_buffers & 1);
     const ColumnRun& run = runs[n % Layout::known_runs];
     if (run.first < 0) break;
     const AttentionTask& task = run.task;
-    const int tiles = run.tiles.count(), back = run.tiles.back(), warp_first = run.first + 64 * mine + 16 * warp;
-    const bool paired = run.tiles.paired;
-    ColumnSums sums(run);
+    const int tiles = run.tiles.count(), back = run.tiles.back();
+    const bool paired = run.tiles.paired, biased = task.bias != nullptr, slots_visible = run.visible;
+    ColumnSums sums(run, mine, shape.group);
     if (run.other_queries) {
       for (int b = 0; work.stay && stays >= 0 && b < Layout::staying; ++b) release(barriers.free(b));
       ++stays;
     }
     for (int i = 0; i < tiles; ++i) {
-      const int tile = work.stay ? stays % 2 * Layout::staying + i : streamed + i;
-      const int stage = work.stay ? i : tile % Layout::stages;
+      const unsigned tile = work.stay ? stays % 2 * Layout::staying + i : streamed + i;
+      const unsigned stage = work.stay ? i : tile % Layout::stages;
       barrier_wait(barriers.full(stage), (work.stay ? stays : tile / Layout::stages) & 1);
-      named_wait(1 + mine, 256);  // the warpgroups start their dots one after another
+      turns.wait();
       start_dots<Element>(s, base + buffer * Layout::run_bytes + mine * bytes_64, stages + stage * bytes_128);
-      named_arrive(1 + next, 256);
+      turns.pass();
+      const ColumnRows& rows = known[tile % Layout::known];
+      const bool plain = slots_visible && (rows.visible >> mine & 1), last = rows.last, lower = rows.lower;
+      const int head = rows.head;
       await_products<0>();
       pin(s);
       if (!work.stay) release(barriers.free(stage));
       if (i + 1 == tiles) release(barriers.keys_free(mine, buffer));
-      const ColumnRows& rows = known[tile % Layout::known];
-      const bool plain = rows.real_lower >= hopper_tile - back &&
-                         all_visible(task, warp_first, 16, run.token[16 * warp], run.token[16 * warp + 15],
-                                     rows.token[0], rows.token[hopper_tile - 1]);
       float added[2][2] = {};
       if (!plain)
         sums.add<Weigh, true, true>(added, s, rule, task, rows, back);
-      else if (task.bias)
+      else if (biased)
         sums.add<Weigh, true, false>(added, s, rule, task, rows, back);
       else
         sums.add<Weigh, false, false>(added, s, rule, task, rows, back);
       if (paired) {
-        sums.store(added[0], task, shape.group, warp_first, rows.head);
-        if (rows.real_lower > 0) sums.store(added[1], task, shape.group, warp_first, rows.head + 1);
+        sums.store(added[0], added[1], head, lower);
         continue;
       }
       sums.sum[0] += added[0][0] + added[1][0], sums.sum[1] += added[0][1] + added[1][1];
       pin(sums.sum);
-      if (!rows.last) continue;
-      sums.store(sums.sum, task, shape.group, warp_first, rows.head);
+      if (!last) continue;
+      sums.store(sums.sum, sums.sum, head, false);
       sums.sum[0] = sums.sum[1] = 0;
     }
     streamed += tiles;
     if (tiles > 0) continue;
     release(barriers.keys_free(mine, buffer));
     for (int h = 0; h < run.tiles.heads; ++h)  // nobody sees these slots
-      sums.store(sums.sum, task, shape.group, warp_first, run.tiles.first_head + h);
+      sums.store(sums.sum, sums.sum, run.tiles.first_head + h, false);
   }
-  if (mine == 0) named_wait(1, 256);
+  turns.end();
 #endif
 }
 

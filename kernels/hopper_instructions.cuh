@@ -34,14 +34,17 @@ __device__ inline void publish_copies() {
   asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
-/// Starts copying four times 16 bytes, which lie 512 apart: offsets are constants, so that one address is enough.
-__device__ inline void copy_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const void* from) {
+/// Starts copying four times 16 bytes, which lie 512 apart, `step` times 1024 bytes from where the addresses point and
+/// 2048 from where they are: constants, as copies hold on to the registers of their addresses for a while.
+template <int step>
+__device__ inline void copy_four(const uint32_t (&to)[4], const void* from) {
   asm volatile(
-      "cp.async.cg.shared.global [%0], [%4], 16;\n"
-      "cp.async.cg.shared.global [%1], [%4 + 512], 16;\n"
-      "cp.async.cg.shared.global [%2], [%4 + 1024], 16;\n"
-      "cp.async.cg.shared.global [%3], [%4 + 1536], 16;" ::"r"(a),
-      "r"(b), "r"(c), "r"(d), "l"(from)
+      "cp.async.cg.shared.global [%0 + %5], [%4 + %6], 16;\n"
+      "cp.async.cg.shared.global [%1 + %5], [%4 + %7], 16;\n"
+      "cp.async.cg.shared.global [%2 + %5], [%4 + %8], 16;\n"
+      "cp.async.cg.shared.global [%3 + %5], [%4 + %9], 16;" ::"r"(to[0]),
+      "r"(to[1]), "r"(to[2]), "r"(to[3]), "l"(from), "n"(step * 1024), "n"(step * 2048), "n"(step * 2048 + 512),
+      "n"(step * 2048 + 1024), "n"(step * 2048 + 1536)
       : "memory");
 }
 

@@ -127,6 +127,8 @@ __device__ inline void copy_16(uint32_t to, const void* from, bool real) {
 __device__ inline void copy_4(uint32_t to, const void* from, bool real) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0) : "memory");
 }
+/// The 128 bytes will be wanted soon: brings them to the second-level cache.
+__device__ inline void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most `pending` of the thread's last groups of copies are under way.
 template <int pending>

@@ -40,13 +40,28 @@ struct ThreadRows {
   }
 };
 
+/// `bias` of a tile's slots, in units of log 2 once multiplied by `unit`, as dot_tile's lanes have them.
+__device__ inline float bias_of(const float* bias, int n, int e, float unit = 1) {
+  return bias[8 * n + 2 * static_cast<int>(threadIdx.x % 4) + e % 2] * unit;
+}
+/// Dots of a tile become logits in units of log 2 with their slots' biases.
+template <int N>
+__device__ __forceinline__ void add_biases(float (&s)[N][4], float factor2, const float* bias, float unit = 1) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) s[n][e] = __fmaf_rn(s[n][e], factor2, bias_of(bias, n, e, unit));
+}
+
 /// A thread's two rows in the running softmax. Logits are in units of log 2.
+template <class Element>
 struct RunningRows {
+  static constexpr float shift = Words<Element>::shift, slack = Words<Element>::slack;
   float base[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
   /// Logits become probabilities relative to the new base, times 2^shift; returns the factor on what was summed before.
   template <int N>
-  __device__ __forceinline__ float2 take(float (&s)[N][4], float factor2, float shift) {
+  __device__ __forceinline__ float2 take(float (&s)[N][4], float factor2) {
     float rescale[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -54,8 +69,8 @@ struct RunningRows {
 #pragma unroll
       for (int n = 0; n < N; ++n) peak = fmaxf(peak, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
       peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-      const float now = fmaxf(base[r], peak * factor2);
+      peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2)) * factor2;
+      const float now = peak > base[r] + slack ? peak : base[r];
       const float zero = now == -INFINITY ? 0.f : now;  // nothing seen yet: all probabilities stay 0
       rescale[r] = exp2_fast(base[r] - zero);
       base[r] = now;
@@ -68,40 +83,61 @@ struct RunningRows {
     }
     return {rescale[0], rescale[1]};
   }
+
+  /// The same of dots where nobody wants the probabilities: peaks are not looked for while sums show that no base moves.
+  /// `biased`: with biases in units of log 2.
+  template <bool biased, int N>
+  __device__ __forceinline__ void add(float (&s)[N][4], float factor2, const float* bias, bool first_tile) {
+    constexpr float usual = 1 << (Words<Element>::shift + Words<Element>::slack - 1);
+    if (!first_tile) {
+      float added[2] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float logit = biased ? __fmaf_rn(s[n][e], factor2, bias_of(bias, n, e)) : s[n][e];
+          added[e / 2] += exp2_fast(__fmaf_rn(logit, biased ? 1.f : factor2, shift - base[e / 2]));
+        }
+      // A row that has seen nothing has a sum that is infinite or no number.
+      if (__all_sync(~0u, added[0] <= usual && added[1] <= usual)) {
+        sum[0] += added[0], sum[1] += added[1];
+        return;
+      }
+    }
+    if constexpr (biased) add_biases(s, factor2, bias);
+    take(s, biased ? 1.f : factor2);
+  }
 };
+
+/// Hides the slots that rows do not see, and those from `count` on.
+template <int N>
+__device__ __forceinline__ void hide_unseen(float (&s)[N][4], const int* token, int count, const ThreadRows& rows) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int column = 8 * n + 2 * (lane % 4) + e % 2;
+      const bool seen = (column < count) & rows.sight[e / 2].sees(token[column]);
+      s[n][e] = seen ? s[n][e] : -INFINITY;
+    }
+}
 
 /// Bends, biases and masks the logits of a tile of 8N slots in place, two rows a thread; returns the factor that brings
 /// them to units of log 2. `token` and `bias` are of the tile's slots.
-template <bool may_be_capped, int N>
+template <int N>
 __device__ __forceinline__ float finish_logits(float (&s)[N][4], const LogitRule& rule, const AttentionTask& task,
                                                int slot, const int* token, const float* bias, const ThreadRows& rows) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  float factor2 = rule.factor2;
-  if (may_be_capped && rule.capped) {
+  if (rule.capped) {
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[n][e] = rule.bend(s[n][e]);
   }
-  if (task.bias) {
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        s[n][e] = __fmaf_rn(s[n][e], rule.factor2, bias[8 * n + 2 * (lane % 4) + e % 2] * log2_e);
-    factor2 = 1;
-  }
-  if (!all_visible(task, slot, 8 * N, token[0], token[8 * N - 1], rows.oldest, rows.newest)) {
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = 8 * n + 2 * (lane % 4) + e % 2;
-        const bool seen = (slot + column < task.slots) & rows.sight[e / 2].sees(token[column]);
-        s[n][e] = seen ? s[n][e] : -INFINITY;
-      }
-  }
-  return factor2;
+  if (task.bias) add_biases(s, rule.factor2, bias, log2_e);
+  if (!all_visible(task, slot, 8 * N, token[0], token[8 * N - 1], rows.oldest, rows.newest))
+    hide_unseen(s, token, task.slots - slot, rows);
+  return task.bias ? 1.f : rule.factor2;
 }
 
 /// What joins a row at its end: the factor that makes its summed values an output, and its log-sum-exp.
@@ -139,10 +175,10 @@ __device__ inline float* output_of(const AttentionTask& task, int pair, int valu
 }
 
 /// Writes two rows' log-sum-exps and, if `valued`, outputs.
-template <int N>
+template <class Element, int N>
 __device__ __forceinline__ void store_rows(const AttentionTask& task, const AttentionShape& shape,
-                                           const ThreadRows& rows, const RunningRows& running, const float (&o)[N][4],
-                                           int last, float shift, bool valued) {
+                                           const ThreadRows& rows, const RunningRows<Element>& running,
+                                           const float (&o)[N][4], int last, bool valued) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -151,7 +187,7 @@ __device__ __forceinline__ void store_rows(const AttentionTask& task, const Atte
     sum += __shfl_xor_sync(~0u, sum, 2);
     const int pair = rows.pair[r];
     if (pair > last) continue;
-    const RowEnd end = finish_row(task, pair % shape.group, running.base[r], sum, shift);
+    const RowEnd end = finish_row(task, pair % shape.group, running.base[r], sum, Words<Element>::shift);
     if (lane % 4 == 0) task.lse[pair] = end.lse;
     if (!valued) continue;
     float* const out = output_of(task, pair, shape.value_dim);
@@ -232,7 +268,6 @@ template <class Element, int D, class Task, bool fast>
 __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, LogitRule rule, const Task* tasks,
                                                           int count, int ranks) {
   constexpr bool lost = std::is_same_v<Task, LostMassTask>;
-  constexpr float shift = Words<Element>::shift;
   using Layout = RowLayout<D>;
   constexpr int slots = Layout::slots, N = slots / 8;
   char* const shared = launch_memory();
@@ -260,7 +295,7 @@ __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, 
 
   const int warp = static_cast<int>(threadIdx.x / 32);
   const ThreadRows rows(task, group, first + warp * 16, last);
-  RunningRows running;
+  RunningRows<Element> running;
   [[maybe_unused]] float o[D / 8][4] = {};
   float s[N][4];
   std::conditional_t<lost, LostRows, std::nullptr_t> losses = [&] {
@@ -281,11 +316,11 @@ __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, 
     dot_tile<Element, D>(s, base, warp * 16, base + Layout::keys + stage * Layout::tile, shape.key_dim);
     const int* const token = reinterpret_cast<const int*>(shared + Layout::token) + stage * slots;
     const float* const bias = reinterpret_cast<const float*>(shared + Layout::bias) + stage * slots;
-    const float factor2 = finish_logits<true>(s, rule, task, slot, token, bias, rows);
+    const float factor2 = finish_logits(s, rule, task, slot, token, bias, rows);
     if constexpr (lost) {
       losses.add(s, factor2, rows, reinterpret_cast<const int*>(shared + Layout::lost) + stage * slots);
     } else {
-      const float2 rescale = running.take(s, factor2, shift);
+      const float2 rescale = running.take(s, factor2);
       if (valued) {
         rescale_rows(o, rescale);
         add_values<Element, D, N, fast>(o, s, base + Layout::values + stage * Layout::tile, shape.value_dim);
@@ -297,7 +332,7 @@ __global__ __launch_bounds__(row_threads) void row_kernel(AttentionShape shape, 
   if constexpr (lost)
     losses.store(tasks[work.task].masses, rows, last);
   else
-    store_rows(task, shape, rows, running, o, last, shift, valued);
+    store_rows(task, shape, rows, running, o, last, valued);
 }
 
 }  // namespace kv::blocks

@@ -7,13 +7,14 @@ namespace kv {
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 /// A float in two 16-bit words: 16 (bfloat16) or 22 (float16) bits of it, relative error of the sum of both about 1e-5 or
-/// better. Probabilities are scaled by 2^shift first, so that what float16 cannot hold is below 2^-38 of the largest.
+/// better. Probabilities are scaled by 2^shift first, so that what float16 cannot hold is below 2^-38 of the largest. They
+/// are relative to a base that lags behind the largest logit by at most `slack` (in units of log 2): so it seldom moves.
 template <class Element>
 struct Words;
 
 template <>
 struct Words<__nv_bfloat16> {
-  static constexpr float shift = 0;
+  static constexpr int shift = 0, slack = 8;
 
   static __device__ uint32_t pack(float low, float high) { return pack_bfloat16(low, high); }
   static __device__ float2 unpack(uint32_t packed) {
@@ -32,7 +33,7 @@ struct Words<__nv_bfloat16> {
 
 template <>
 struct Words<__half> {
-  static constexpr float shift = 14;
+  static constexpr int shift = 14, slack = 1;
 
   static __device__ uint32_t pack(float low, float high) { return pack_half(low, high); }
   static __device__ float2 unpack(uint32_t packed) {

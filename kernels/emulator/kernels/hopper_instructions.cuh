@@ -17,9 +17,9 @@ inline void publish_copies() {
   await_copies<0>();
 }
 
-inline void copy_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const void* from) {
-  const uint32_t to[] = {a, b, c, d};
-  for (int i = 0; i < 4; ++i) copy_16(to[i], static_cast<const char*>(from) + 512 * i);
+template <int step>
+void copy_four(const uint32_t (&to)[4], const void* from) {
+  for (int i = 0; i < 4; ++i) copy_16(to[i] + step * 1024, static_cast<const char*>(from) + step * 2048 + 512 * i);
 }
 
 template <int count>

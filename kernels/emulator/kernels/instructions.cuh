@@ -99,6 +99,7 @@ inline void copy_16(uint32_t to, const void* from) { emulator::start_copy(to, fr
 inline void copy_16(uint32_t to, const void* from, uint64_t) { emulator::start_copy(to, from, 16); }
 inline void copy_16(uint32_t to, const void* from, bool real) { emulator::start_copy(to, real ? from : nullptr, 16); }
 inline void copy_4(uint32_t to, const void* from, bool real) { emulator::start_copy(to, real ? from : nullptr, 4); }
+inline void prefetch_line(const void*) {}
 inline void close_copies() { emulator::close_copies(); }
 template <int pending>
 void await_copies() {
