@@ -84,6 +84,7 @@ __device__ inline float logit_of(const RowLook& look, float dot) {
 /// follow.
 __device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries) {
   const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
     const int head = i / chunks, chunk = i % chunks;
     uint4 words{};
