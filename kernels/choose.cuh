@@ -34,23 +34,28 @@ struct DeviceCandidates {
 /// barrier.
 __device__ __noinline__ inline void classify(Fixed& fixed, int size, int now, bool links, int buffer) {
   const Unit& unit = fixed.unit;
+  const int *const order = unit.order, *const rank = unit.rank, *const tokens = unit.token;
+  const float* const scores = unit.score;
+  float* const score_at = unit.score_at[buffer];
+  std::uint8_t* const safety_at = unit.safety_at[buffer];
+  const Protect protect = unit.protect;
   struct Candidate {
-    int slot, token, next_token;
+    int place, token, next_token;
     float score;
   };
-  BlockTeam{&fixed.team}.for_each_read(
+  BlockTeam{&fixed.team}.for_each_read<8>(
       size,
-      [&](int i) {
-        const int slot = unit.order[i];
-        return Candidate{slot, unit.token[slot], links && i + 1 < size ? unit.token[unit.order[i + 1]] : INT_MIN / 2,
-                         unit.score[slot]};
+      [&](int s) {
+        const int place = rank[s];
+        return Candidate{place, tokens[s], links && place + 1 < size ? tokens[order[place + 1]] : INT_MIN / 2,
+                         scores[s]};
       },
-      [&](int i, const Candidate& c) {
-        const float score = checked_score(fixed, c.score, c.slot, c.token);
-        std::uint8_t safety = safety_of(unit.protect, now, score, c.token);
-        if (safety == safety_normal && now - c.next_token < unit.protect.recent) safety = safety_protected;
-        unit.safety_at[buffer][i] = safety;
-        unit.score_at[buffer][i] = safety == safety_normal ? score : 0;  // sums over heads stay finite
+      [&](int s, const Candidate& c) {
+        const float score = checked_score(fixed, c.score, s, c.token);
+        std::uint8_t safety = safety_of(protect, now, score, c.token);
+        if (safety == safety_normal && now - c.next_token < protect.recent) safety = safety_protected;
+        safety_at[c.place] = safety;
+        score_at[c.place] = safety == safety_normal ? score : 0;  // sums over heads stay finite
       });
   __syncthreads();
 }
@@ -93,109 +98,134 @@ __device__ __noinline__ inline DeviceCandidates decisive(const Play& play, bool 
   const float* scores = mates[0].score_at[buffer];
   const std::uint8_t* safeties = mates[0].safety_at[buffer];
   const long scores_apart = mates[1].score_at[buffer] - scores, safeties_apart = mates[1].safety_at[buffer] - safeties;
-  play.team.for_each(play.size, [&](int i) {  // scores add up, the higher safety wins
-    float score = 0;
-    std::uint8_t safety = 0;
-#pragma unroll 8
-    for (int h = 0; h < unit.layer_heads; ++h) {
-      const float theirs = __ldcg(scores + h * scores_apart + i);
-      const std::uint8_t safe = __ldcg(safeties + h * safeties_apart + i);
-      score = h == 0 ? theirs : score + theirs;
-      safety = safe > safety ? safe : safety;
-    }
-    unit.all_score[i] = score, unit.all_safety[i] = safety;
+  struct Sum {
+    float score;
+    std::uint8_t safety;
+  };
+  const auto first = [&](int i) { return Sum{__ldcg(scores + i), __ldcg(safeties + i)}; };
+  const auto add = [&](Sum& sum, int i, int before) {  // scores add up, the higher safety wins
+    const int h = before + 1;
+    sum.score += __ldcg(scores + h * scores_apart + i);
+    const std::uint8_t safe = __ldcg(safeties + h * safeties_apart + i);
+    sum.safety = safe > sum.safety ? safe : sum.safety;
+  };
+  play.team.for_each_read(play.size, first, unit.layer_heads - 1, add, [&](int i, const Sum& sum) {
+    unit.all_score[i] = sum.score, unit.all_safety[i] = sum.safety;
   });
   __syncthreads();
   return {unit.all_score, unit.all_safety};
 }
 
-/// The k-th smallest key of those i < n that take part (k from 1), and how many of that key are among the k: a radix
-/// selection, 8 bits at a time.
+/// Of candidates that do not take part; no score has it, being NaN's.
+constexpr unsigned no_key = ~0u;
+
+/// The k-th smallest key_of(i) of i < n (k from 1), how many of that key are among the k, and how many there are: a radix
+/// selection, 8 bits at a time. keys[i] = key_of(i) is left behind. Gives a barrier.
 struct Threshold {
   unsigned key;
-  int equal;
+  int in, all;
 };
-template <bool ahead, class Takes, class Key>
-__device__ Threshold kth_smallest(BlockTeam team, int n, int k, Takes takes, Key key_of) {
-  struct Candidate {
-    unsigned key;
-    bool takes_part;
-  };
+template <class Key>
+__device__ Threshold kth_smallest(BlockTeam team, int n, int k, Key key_of, unsigned* keys) {
   const uint32_t counts = shared_address(team.memory->counts);
-  unsigned prefix = 0;
-  int left = k;
+  Threshold threshold{0, k, 0};
   for (int shift = 24; shift >= 0; shift -= 8) {
     team.for_each(256, [&](int i) { team.memory->counts[i] = 0; });
     __syncthreads();
     const unsigned mask = shift == 24 ? 0u : ~0u << (shift + 8);
     const auto count_in = [&](unsigned key) {
-      if ((key & mask) == prefix) count_one(counts + 4 * (key >> shift & 255u));
+      count_one(counts + 4 * (key >> shift & 255u), (key & mask) == threshold.key);
     };
-    if constexpr (ahead)
-      team.for_each_read<8>(
-          n,
-          [&](int i) {
-            return Candidate{key_of(i), takes(i)};
-          },
-          [&](int, const Candidate& c) {
-            if (c.takes_part) count_in(c.key);
-          });
+    if (shift == 24)
+      team.for_each_read<16>((n + 3) / 4 * 4,
+                             [&](int i) {
+                               const unsigned key = key_of(min(i, n - 1));
+                               return i < n ? key : no_key;
+                             },
+                             [&](int i, unsigned key) { keys[i] = key, count_in(key); });
     else
-      team.for_each(n, [&](int i) {
-        if (takes(i)) count_in(key_of(i));
-      });
+      team.for_each_read<8>(
+          (n + 3) / 4, [&](int i) { return reinterpret_cast<const uint4*>(keys)[i]; },
+          [&](int, const uint4& four) { count_in(four.x), count_in(four.y), count_in(four.z), count_in(four.w); });
     __syncthreads();
     int before;
     const int mine = team.memory->counts[threadIdx.x];
     team.scan(mine, before);
-    if (before < left && before + mine >= left) {
+    if (before < threshold.in && before + mine >= threshold.in) {
       team.memory->flag = static_cast<int>(threadIdx.x);
-      team.memory->number = left - before;
+      team.memory->number = threshold.in - before;
     }
     __syncthreads();
-    prefix |= static_cast<unsigned>(team.memory->flag) << shift;
-    left = team.memory->number;
+    threshold.key |= static_cast<unsigned>(team.memory->flag) << shift;
+    threshold.in = team.memory->number, threshold.all = team.memory->counts[team.memory->flag];
     __syncthreads();
   }
-  return {prefix, left};
+  return threshold;
 }
 
-/// Marks in `goes` (by place) the k candidates of the lowest scores among those that take part; `older_first`: of equals
-/// the older, else the newer. Gives a barrier.
-template <bool ahead, class Takes>
-__device__ void mark_lowest(BlockTeam team, const DeviceCandidates& c, int n, int k, bool older_first, Takes takes,
-                            int* goes) {
-  if (k <= 0) return;
-  const auto key = [&](int i) { return Cut::key_of(c.score[i]); };
-  const Threshold threshold = kth_smallest<ahead>(team, n, k, takes, key);
-  const auto place = [&](int i) { return older_first ? i : n - 1 - i; };
-  team.number(
-      n, [&](int i) { return takes(place(i)) & (key(place(i)) == threshold.key); },
-      [&](int i, bool equal, int before) {
-        const int at = place(i);
-        if (equal ? before < threshold.equal : takes(at) && key(at) < threshold.key) goes[at] = 1;
+/// mark(where(place), whether it is one of the k candidates of the lowest scores among those that take part) for every place;
+/// `older_first`: of equals the older, else the newer. False, and nothing is marked, if fewer take part. Gives a barrier.
+template <class Takes, class Where, class Mark>
+__device__ bool mark_lowest(const Play& play, const DeviceCandidates& c, int n, int k, bool older_first, Takes takes,
+                            Where where, Mark mark) {
+  auto* const keys = reinterpret_cast<unsigned*>(play.unit.work[4]);
+  const auto key_of = [&](int i) {
+    const unsigned key = Cut::key_of(c.score[i]);
+    return takes(i) ? key : no_key;
+  };
+  const Threshold threshold = kth_smallest(play.team, n, k, key_of, keys);
+  if (threshold.key == no_key) return false;
+  struct Place {
+    int at;
+    unsigned key, limit;
+    __device__ explicit operator bool() const { return key == limit; }
+  };
+  play.team.number<16>(
+      n,
+      [&](int i) {
+        return Place{where(i), keys[i], threshold.key};
+      },
+      [&](int, const Place& place, int before) {
+        const bool first = older_first ? before < threshold.in : before >= threshold.all - threshold.in;
+        mark(place.at, place ? first : place.key < place.limit);
       });
   __syncthreads();
+  return true;
 }
 
-/// core/select.cpp's select: goes[place] = 1 for all that does not stay. Gives a barrier. `ahead`: reads ahead, for the many
-/// slots of a prompt; what a step calls does without, for its registers are the step loop's.
-template <bool ahead>
-__device__ __noinline__ void select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
+/// From places to slots: stays[slot], and how many go. Gives a barrier.
+__device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
+  struct Place {
+    int slot;
+    bool goes;
+    __device__ explicit operator bool() const { return goes; }
+  };
+  const int* const order = play.unit.order;
+  std::uint8_t* const stays = play.unit.stays;
+  const int gone = play.team.number(
+      play.size,
+      [&](int i) {
+        return Place{order[i], goes[i] != 0};
+      },
+      [&](int, const Place& mine, int) { stays[mine.slot] = !mine.goes; });
+  __syncthreads();
+  return gone;
+}
+
+/// core/select.cpp's select: stays[slot], and how many go. `goes` is [n]. Gives a barrier.
+__device__ __noinline__ inline int select_slots(const Play& play, const DeviceCandidates& c, int* goes) {
   const BlockTeam team = play.team;
   const int n = play.size, budget = play.budget;
-  const int safe = team.count(n, [&](int i) { return c.safety[i] != safety_normal; });
-  if (safe <= budget) {
-    team.for_each(n, [&](int i) { goes[i] = 0; });
-    __syncthreads();
-    mark_lowest<ahead>(
-        team, c, n, n - budget, false, [&](int i) { return c.safety[i] == safety_normal; }, goes);
-    return;
-  }
-  // The first sinks, leaving one slot for another; then the newest of what is protected.
+  const int* const order = play.unit.order;
+  std::uint8_t* const stays = play.unit.stays;
+  const auto is_normal = [&](int i) { return c.safety[i] == safety_normal; };
+  const auto slot_at = [&](int i) { return order[i]; };
+  const auto leave = [&](int slot, bool leaves) { stays[slot] = !leaves; };
+  if (n > budget && mark_lowest(play, c, n, n - budget, false, is_normal, slot_at, leave)) return n - budget;
+  // More is safe than stays: the first sinks, leaving one slot for another; then the newest of what is protected.
   const int sinks = team.number(
       n, [&](int i) { return c.safety[i] == safety_sink; },
-      [&](int i, bool is_sink, int before) { goes[i] = !(is_sink && before < budget - 1); });
+      [&](int i, bool is_sink, int before) { goes[i] = n > budget && !(is_sink && before < budget - 1); });
   __syncthreads();
   const int left = budget - min(sinks, budget - 1);
   const auto waits = [&](int i) { return c.safety[n - 1 - i] != safety_normal && goes[n - 1 - i] != 0; };
@@ -209,6 +239,7 @@ __device__ __noinline__ void select_slots(const Play& play, const DeviceCandidat
     found += here;
   }
   __syncthreads();
+  return mark_slots(play, goes);
 }
 
 /// core/select.cpp's select_links: goes[place + 1] = 1 for every link (place, place + 1) that is joined. `state` is [n].
@@ -225,26 +256,24 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   team.for_each(n, [&](int i) { goes[i] = 0; });
   __syncthreads();
   const int normal = team.count(links, [&](int i) { return safety(i) == safety_normal; });
-  const auto is_normal = [&](int i) { return i < links && safety(i) == safety_normal; };
-  const auto is_safe = [&](int i) { return i < links && safety(i) == safety_protected; };
+  const auto is_normal = [&](int i) { return safety(i) == safety_normal; };
+  const auto is_safe = [&](int i) { return safety(i) == safety_protected; };
   int left = by_limit ? n : n - budget;
   if (left <= 0 || links <= 0) return;
   const auto mark = [&](auto takes, int k, bool scored) {  // links by place; goes is by the right slot
+    const auto join = [&](int i, bool joins) {
+      if (joins) goes[i + 1] = 1;
+    };
     if (k <= 0) return;
-    team.for_each(n, [&](int i) { state[i] = 0; });
-    __syncthreads();
     if (scored)
-      mark_lowest<false>(team, c, links, k, true, takes, state);
+      mark_lowest(
+          play, c, links, k, true, takes, [](int i) { return i; }, join);
     else
-      team.number(links, takes, [&](int i, bool taken, int before) { state[i] = taken && before < k; });
-    __syncthreads();
-    team.for_each(links, [&](int i) {
-      if (state[i]) goes[i + 1] = 1;
-    });
+      team.number(links, takes, [&](int i, bool taken, int before) { join(i, taken && before < k); });
     __syncthreads();
   };
   if (traits.picks != Picks::disjoint) {
-    const auto low = [&](int i) { return is_normal(i) && (!by_limit || c.score[i] < traits.every_link_below); };
+    const auto low = [&](int i) { return is_normal(i) & (!by_limit | (c.score[i] < traits.every_link_below)); };
     const int lowest = by_limit ? team.count(links, low) : min(left, normal);
     mark(low, lowest, true);
     if (!by_limit && left > lowest) mark(is_safe, left - lowest, false);
@@ -257,14 +286,14 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
     return (scored ? is_normal(i) : is_safe(i)) && (!by_limit || (scored && c.score[i] < traits.every_link_below));
   };
   constexpr int undecided = 0, in = 1, out = 2;
-  team.for_each(n, [&](int i) { state[i] = takes(i) ? undecided : out; });
+  team.for_each(n, [&](int i) { state[i] = i < links && takes(i) ? undecided : out; });
   __syncthreads();
   const auto below = [&](int i, int j) {  // whether link i is picked before its neighbour j
     const float a = c.score[i], b = c.score[j];
     return scored ? a < b || (a == b && i < j) : i < j;
   };
   for (bool more = true; more;) {
-    team.for_each_read(
+    team.for_each_read<8>(
         links,
         [&](int i) {
           const int left = max(i - 1, 0), right = i + 1;
@@ -280,7 +309,7 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
       bool picked, beside;  // beside: a neighbour is picked
     };
     int changed = 0;
-    team.for_each_read(
+    team.for_each_read<8>(
         links,
         [&](int i) {
           const int left = goes[max(i - 1, 0)], right = goes[i + 1];
@@ -295,42 +324,8 @@ __device__ __noinline__ inline void select_links(const Play& play, const DeviceC
   }
   team.for_each(n, [&](int i) { goes[i] = 0; });
   __syncthreads();
-  const auto picked = [&](int i) { return i < links && state[i] == in; };
-  const int all = team.count(links, picked);
-  if (!scored) {
-    team.number(links, picked, [&](int i, bool is_picked, int before) {
-      if (is_picked && before < left) goes[i + 1] = 1;
-    });
-    __syncthreads();
-    return;
-  }
-  // mark() needs its own `state`: the lowest are marked in place, shifted by one afterwards.
-  int* lowest = play.unit.work[2];
-  team.for_each(n, [&](int i) { lowest[i] = 0; });
-  __syncthreads();
-  mark_lowest<false>(team, c, links, min(left, all), true, picked, lowest);
-  team.for_each(links, [&](int i) {
-    if (lowest[i]) goes[i + 1] = 1;
-  });
-  __syncthreads();
-}
-
-/// From places to slots: stays[slot], and how many go. Gives a barrier.
-template <bool ahead>
-__device__ __noinline__ int mark_slots(const Play& play, const int* goes) {
-  const int gone = play.team.count(play.size, [&](int i) { return goes[i] != 0; });
-  struct Place {
-    int slot;
-    bool stays;
-  };
-  play.team.for_each_read<ahead ? 8 : 4>(
-      play.size,
-      [&](int i) {
-        return Place{play.unit.order[i], goes[i] == 0};
-      },
-      [&](int, const Place& mine) { play.unit.stays[mine.slot] = mine.stays; });
-  __syncthreads();
-  return gone;
+  const auto picked = [&](int i) { return state[i] == in; };
+  mark(picked, scored ? min(left, team.count(links, picked)) : left, scored);
 }
 
 /// Link victims' targets: the slot to their left, or the one that their run becomes. Gives a barrier.

@@ -37,12 +37,17 @@ __device__ inline void store_element(void* data, Dtype dtype, long i, float x) {
 /// Whether rows of `dim` elements can be read and written 8 elements at a time.
 __device__ inline bool in_eights(Dtype dtype, int dim) { return dtype != Dtype::float32 && dim % 8 == 0; }
 
-/// Elements i .. i + 7 of a 16-bit array, i a multiple of 8.
-__device__ inline void load_eight(const void* data, Dtype dtype, long i, float (&x)[8]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
+/// Elements i .. i + 7 of a 16-bit array, i a multiple of 8: as they lie, and widened.
+__device__ inline uint4 eight_words(const void* data, long i) {
+  return *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(data) + i);
+}
+__device__ inline void widen_eight(Dtype dtype, uint4 words, float (&x)[8]) {
   const unsigned word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int k = 0; k < 8; ++k) x[k] = widen(dtype, static_cast<std::uint16_t>(word[k / 2] >> k % 2 * 16));
+}
+__device__ inline void load_eight(const void* data, Dtype dtype, long i, float (&x)[8]) {
+  widen_eight(dtype, eight_words(data, i), x);
 }
 
 /// The same of what load_eight reads.
@@ -54,13 +59,20 @@ __device__ inline void store_eight(void* data, Dtype dtype, long i, const float 
   *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(data) + i) = make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-/// Elements i .. i + width - 1: one of any array, or eight of a 16-bit one, i a multiple of 8.
+/// Elements i .. i + width - 1: one of any array, or eight of a 16-bit one, i a multiple of 8. Eight are read without being
+/// widened, which would wait for them.
+template <int width>
+__device__ auto read_channels(const void* data, Dtype dtype, long i) {
+  if constexpr (width == 8)
+    return eight_words(data, i);
+  else
+    return load_element(data, dtype, i);
+}
+__device__ inline void widen_channels(Dtype dtype, uint4 words, float (&x)[8]) { widen_eight(dtype, words, x); }
+__device__ inline void widen_channels(Dtype, float element, float (&x)[1]) { x[0] = element; }
 template <int width>
 __device__ void load_channels(const void* data, Dtype dtype, long i, float (&x)[width]) {
-  if constexpr (width == 8)
-    load_eight(data, dtype, i, x);
-  else
-    x[0] = load_element(data, dtype, i);
+  widen_channels(dtype, read_channels<width>(data, dtype, i), x);
 }
 template <int width>
 __device__ void store_channels(void* data, Dtype dtype, long i, const float (&x)[width]) {
@@ -84,6 +96,40 @@ struct EightsOfRow {
   __device__ void eight(int first, float (&x)[8]) const { load_eight(data, elements, first, x); }
 };
 
+/// Eight elements of a row, read but not widened yet.
+struct EightWords {
+  uint4 words;
+  Dtype elements;
+  __device__ void eight(int, float (&x)[8]) const { widen_eight(elements, words, x); }
+};
+
+/// A row whose next elements are on their way while those before are looked at; beyond its end the last ones again.
+template <int ahead>
+struct RowAhead {
+  const void* data;
+  Dtype elements;
+  int dim;
+  uint4 now[ahead] = {}, next[ahead] = {};
+  __device__ void read(int first) {
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) now[k] = next[k], next[k] = eight_words(data, min(first + 8 * k, dim - 8));
+  }
+  __device__ EightWords at(int k) const { return {now[k], elements}; }
+};
+
+/// f as RowOf::each_eight calls it. The loop's end keeps the compiler from putting every load off to its use.
+template <int ahead, class F, class... Rows>
+__device__ void each_eight_ahead(F& f, int dim, Rows... rows) {
+  (rows.read(0), ...);
+#pragma unroll 1
+  for (int first = 0; first < dim; first += 8 * ahead) {
+    (rows.read(first + 8 * ahead), ...);
+#pragma unroll
+    for (int k = 0; k < ahead; ++k)
+      if (first + 8 * k < dim) call_with_eight(f, first + 8 * k, 8, rows.at(k)...);
+  }
+}
+
 /// One key or value in device memory: policies/views.hpp's Row for hooks on the GPU.
 struct DeviceRow {
   const void* data;
@@ -99,9 +145,10 @@ struct DeviceRow {
   }
   template <class F, class... Others>
   __device__ void each_eight(F f, Others... others) const {
+    constexpr int ahead = 8 / (1 + sizeof...(Others));
     if (in_eights())
-#pragma unroll 4
-      for (int first = 0; first < dim; first += 8) call_with_eight(f, first, 8, eights(), others.eights()...);
+      each_eight_ahead<ahead>(f, dim, RowAhead<ahead>{data, elements, dim},
+                              RowAhead<ahead>{others.data, elements, dim}...);
     else
       for (int first = 0; first < dim; first += 8) call_with_eight(f, first, min(8, dim - first), *this, others...);
   }
@@ -139,22 +186,27 @@ __device__ inline void copy_bytes(void* to, const void* from, long bytes) {
 }
 
 /// Rows from[0 .. count) of an array go to rows to[0 .. count), which are others; by all threads, each with several words
-/// under way.
+/// under way: without branches between their loads, beyond the last row that one's again.
 __device__ __noinline__ inline void move_rows(void* rows, int row_bytes, int count, const int* from, const int* to) {
   const auto move = [&]<class Word>(Word) {
     constexpr int ahead = 8;
-    const int words = row_bytes / static_cast<int>(sizeof(Word)), all = count * words;
-    Word* const memory = static_cast<Word*>(rows);
-    for (int first = static_cast<int>(threadIdx.x); first < all; first += ahead * team_threads) {
-      Word mine[ahead];
+    const int words = row_bytes / static_cast<int>(sizeof(Word)), lanes = min(words, team_threads);
+    const int rows_beside = team_threads / lanes, row = static_cast<int>(threadIdx.x) / lanes;
+    if (row >= rows_beside) return;
+    for (int word = static_cast<int>(threadIdx.x) % lanes; word < words; word += lanes) {
+      Word* const column = static_cast<Word*>(rows) + word;
+      for (int first = row; first < count; first += ahead * rows_beside) {
+        int target[ahead];
+        Word mine[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < all)
-          mine[k] = memory[static_cast<long>(from[i / words]) * words + i % words];
+        for (int k = 0; k < ahead; ++k) {
+          const int i = min(first + k * rows_beside, count - 1);
+          target[k] = to[i], mine[k] = column[static_cast<long>(from[i]) * words];
+        }
 #pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (const int i = first + k * team_threads; i < all)
-          memory[static_cast<long>(to[i / words]) * words + i % words] = mine[k];
+        for (int k = 0; k < ahead; ++k)
+          if (first + k * rows_beside < count) column[static_cast<long>(target[k]) * words] = mine[k];
+      }
     }
   };
   row_bytes % 16 == 0 ? move(uint4{}) : move(std::uint16_t{});

@@ -131,9 +131,9 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
     begin = (k > 0 ? start[k - 1] : 0) - base;
     return start[k] - base - begin;
   };
-  const auto plan_at = [&](int begin) {
-    return [&unit, list, begin](int i, int& victim) -> const Fold& {
-      victim = list[begin + i];
+  const auto plan_at = [&](int begin, int first) {  // first: the first of the victims
+    return [&unit, list, begin, first](int i, int& victim) -> const Fold& {
+      victim = i == 0 ? first : list[begin + i];
       return unit.plans[victim];
     };
   };
@@ -147,16 +147,25 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
   __syncthreads();
   team.for_each(receivers, [&](int i) {
     const int k = receiving[i], size = members(k, begin);
-    FoldTarget sum = detail::sum_of<by_channel>(player, kept_slot[k], size, plan_at(begin));
+    FoldTarget sum = detail::sum_of<by_channel>(player, kept_slot[k], size, plan_at(begin, list[begin]));
     if constexpr (detail::declares_on_target<typename Player::PolicyType>)
       player.policy.on_target(head, kept_slot[k], sum);
     unit.targets[k] = sum;
   });
   __syncthreads();
-  const int lanes = detail::lanes_of_target<by_channel>(player);
-  for (int i = static_cast<int>(threadIdx.x) / lanes; i < receivers; i += team_threads / lanes) {
-    const int k = receiving[i], size = members(k, begin);
-    detail::write_target(player, head, kept_slot[k], size, unit.targets[k], plan_at(begin), lanes);
+  // Rows go by groups of lanes, each of which has looked up one of its group's next targets.
+  const int lanes = detail::lanes_of_target<by_channel>(player), groups = team_threads / lanes;
+  const int group = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+  for (int first = 0; first < receivers; first += team_threads) {
+    const int i = min(first + lane * groups + group, receivers - 1), k = receiving[i], slot = kept_slot[k];
+    const int mine = members(k, begin), victim = list[begin];
+    for (int j = 0; j < lanes && first + j * groups < receivers; ++j) {
+      const auto of_turn = [&](int x) { return __shfl_sync(~0u, x, static_cast<int>(threadIdx.x % 32) - lane + j); };
+      const int target = of_turn(slot), size = of_turn(mine), at = of_turn(k);
+      const auto plan = plan_at(of_turn(begin), of_turn(victim));
+      if (first + j * groups + group < receivers)
+        detail::write_target(player, head, target, size, unit.targets[at], plan, lanes);
+    }
   }
   __syncthreads();
   team.for_each(receivers, [&](int i) {
@@ -184,11 +193,10 @@ __device__ __noinline__ void fold_many(Player& player, Head& head, const int* go
   if (gone == 0) return;
   int *kept_place = unit.work[1], *kept_slot = unit.work[2];  // by slot: its number among those that stay; and back
   const int kept = team.number(
-      n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
-      [&](int i, bool stays, int before) {
-        const int slot = unit.order[i];
-        kept_place[slot] = before;
-        if (stays) kept_slot[before] = slot;
+      n, [&](int i) { return player.place(i, true); },
+      [&](int, const Play::Place& stays, int before) {
+        kept_place[stays.slot] = before;
+        if (stays) kept_slot[before] = stays.slot;
       });
   __syncthreads();
   int joined = 0;

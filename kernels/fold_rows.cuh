@@ -77,7 +77,7 @@ __device__ int lanes_of_target(const Player& player) {
 }
 
 /// Writes a target's key and value, adjusted sums given, `step` channels at a time by each of `lanes` neighbouring threads:
-/// row = (own * row + sum of weight * victim) / divisor. Rows are read before it is known whether they move.
+/// row = (own * row + sum of weight * victim) / divisor. Rows are read together, before it is known whether they move.
 template <int step, class Player, class Head, class Plan>
 __device__ void write_rows(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
                            int lanes) {
@@ -85,9 +85,6 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
   const TraceData& trace = player.trace;
   const int lane = static_cast<int>(threadIdx.x) % lanes, dk = trace.key_dim, dv = trace.value_dim;
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
-  // Without weight from any victim a row is what it was, unless on_target scales it.
-  bool key_moves = by_channel || sum.own_key != sum.key_divisor, value_moves = sum.own_value != sum.value_divisor,
-       leaves = outside(sum.own_key / sum.key_divisor);
   const auto key_weight = [&](int slot, int c) {
     if constexpr (by_channel) return player.policy.key_weight(head, slot, c);
     return 0.f;
@@ -104,18 +101,30 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
     }
     store_channels(rows, player.elements(), at, row);
   };
+  // Without weight from any victim a row is what it was, unless on_target scales it.
+  bool key_moves = by_channel, value_moves = false, leaves = false;
   for (int c = step * lane; c < max(dk, dv); c += step * lanes) {
     const bool in_key = c < dk, in_value = c < dv;
-    const auto load = [&](int slot, float(&key)[step], float(&value)[step]) {
-      if (in_key) load_channels(unit.keys, player.elements(), static_cast<long>(slot) * dk + c, key);
-      if (in_value) load_channels(unit.values, player.elements(), static_cast<long>(slot) * dv + c, value);
+    struct Rows {
+      decltype(read_channels<step>(nullptr, player.elements(), 0)) key, value;
     };
+    const auto read = [&](int slot) {  // what is beyond a row's end, from its beginning
+      return Rows{read_channels<step>(unit.keys, player.elements(), static_cast<long>(slot) * dk + (in_key ? c : 0)),
+                  read_channels<step>(unit.values, player.elements(), static_cast<long>(slot) * dv + (in_value ? c : 0))};
+    };
+    int victim;
+    plan_of(0, victim);
+    const Rows own = read(target);
+    Rows next = read(victim);
+    key_moves = key_moves || sum.own_key != sum.key_divisor,
+    value_moves = value_moves || sum.own_value != sum.value_divisor;
+    leaves = leaves || outside(sum.own_key / sum.key_divisor);
     float key[step], value[step], keys[step] = {}, values[step] = {}, weights[step] = {}, x[step], y[step];
-    load(target, key, value);
     for (int i = 0; i < n; ++i) {
-      int victim;
+      const Rows mine = next;
       const Fold& plan = plan_of(i, victim);
-      load(victim, x, y);
+      if (int after; i + 1 < n) plan_of(i + 1, after), next = read(after);
+      widen_channels(player.elements(), mine.key, x), widen_channels(player.elements(), mine.value, y);
       key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
       leaves = leaves || outside(plan.key / sum.key_divisor);
 #pragma unroll
@@ -126,6 +135,7 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
         weights[k] += weight;
       }
     }
+    widen_channels(player.elements(), own.key, key), widen_channels(player.elements(), own.value, value);
     if (in_key && key_moves)
       store(
           unit.keys, static_cast<long>(target) * dk + c, key, keys,

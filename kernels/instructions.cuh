@@ -84,10 +84,12 @@ __device__ inline void store_shared(uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
 }
 
-/// Adds 1 to a counter in shared memory. By a generic pointer it would be an atomic on memory of any kind, and lanes that
+/// Adds 1 to a counter in shared memory, where `counts`. By a generic pointer it would be an atomic on memory of any kind, and lanes that
 /// meet at one counter would take turns.
-__device__ inline void count_one(uint32_t address) {
-  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+__device__ inline void count_one(uint32_t address, bool counts) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %1, 0; @p red.shared.add.u32 [%0], 1;}" ::"r"(address),
+               "r"(static_cast<unsigned>(counts))
+               : "memory");
 }
 
 /// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2(l%4)

@@ -292,38 +292,52 @@ struct Play {
     __syncthreads();
   }
 
+  /// The slot of a place in token order, and whether it is one that stays, or goes.
+  struct Place {
+    int slot;
+    bool is;
+    __device__ explicit operator bool() const { return is; }
+  };
+  __device__ Place place(int i, bool stays) const {
+    const int slot = unit.order[i];
+    return {slot, (unit.stays[slot] != 0) == stays};
+  }
+
   /// The `gone` slots with stays[slot] == 0 go; survivors from the end fill the holes, in any order. `move(from, to)` takes
   /// along what else belongs to a slot; one thread a move. Needs and gives a barrier.
   template <class Move>
   __device__ void remove_many(int gone, Move move) {
     const int n = size, kept = n - gone;
     int *place_of = unit.work[1], *hole = unit.work[2];
-    team.number(
-        n, [&](int i) { return unit.stays[unit.order[i]] != 0; },
-        [&](int i, bool stays, int before) {
-          if (stays) place_of[unit.order[i]] = before;
+    team.number<16>(
+        n, [&](int i) { return place(i, true); },
+        [&](int, const Place& stays, int before) {
+          if (stays) place_of[stays.slot] = before;
         });
     struct Victim {
       int token, parent;
       bool stays;
     };
-    team.for_each_read(
+    const int* const tokens = unit.token;  // read once: stores would make the compiler read pointers again each time
+    int* const parents = unit.parent;
+    const int lost = -2 - now;
+    team.for_each_read<16>(
         n,
         [&](int s) {
-          const int token = unit.token[s];
-          return Victim{token, unit.parent[token], unit.stays[s] != 0};
+          const int token = tokens[s];
+          return Victim{token, parents[token], unit.stays[s] != 0};
         },
         [&](int, const Victim& v) {
-          if (!v.stays && v.parent == v.token) unit.parent[v.token] = -2 - now;
+          if (!v.stays && v.parent == v.token) parents[v.token] = lost;
         });
     __syncthreads();
-    team.number(
+    team.number<16>(
         kept, [&](int s) { return unit.stays[s] == 0; },
         [&](int s, bool is_hole, int before) {
           if (is_hole) hole[before] = s;
         });
     int* from = unit.work[3];  // the survivor that fills each hole
-    const int moves = team.number(
+    const int moves = team.number<16>(
         n - kept, [&](int i) { return unit.stays[kept + i] != 0; },
         [&](int i, bool survives, int before) {
           if (survives) from[before] = kept + i;
@@ -331,16 +345,25 @@ struct Play {
     __syncthreads();
     move_rows(unit.keys, trace.key_dim * bytes_of(trace.elements), moves, from, hole);
     move_rows(unit.values, trace.value_dim * bytes_of(trace.elements), moves, from, hole);
-    team.for_each(moves, [&](int m) {
-      const int to = hole[m], s = from[m];
-      unit.token[to] = unit.token[s], unit.multiplicity[to] = unit.multiplicity[s];
-      if (!absolute()) unit.rotated_at[to] = -1;
-      place_of[to] = place_of[s];
-      move(s, to);
-    });
+    struct Survivor {
+      int to, slot, token, multiplicity, place;
+    };
+    team.for_each_read(
+        moves,
+        [&](int m) {
+          const int slot = from[m];
+          return Survivor{hole[m], slot, unit.token[slot], unit.multiplicity[slot], place_of[slot]};
+        },
+        [&](int, const Survivor& s) {
+          unit.token[s.to] = s.token, unit.multiplicity[s.to] = s.multiplicity;
+          if (!absolute()) unit.rotated_at[s.to] = -1;
+          place_of[s.to] = s.place;
+          move(s.slot, s.to);
+        });
     __syncthreads();
-    for (int s = static_cast<int>(threadIdx.x); s < kept; s += team_threads)
-      unit.rank[s] = place_of[s], unit.order[place_of[s]] = s, unit.stays[s] = 1;
+    team.for_each_read(
+        kept, [&](int s) { return place_of[s]; },
+        [&](int s, int place) { unit.rank[s] = place, unit.order[place] = s, unit.stays[s] = 1; });
     __syncthreads();
     size = kept, ring.running = false;
   }

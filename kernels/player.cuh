@@ -221,20 +221,23 @@ struct Player : Play {
     player.know_probe();
     Head h = player.head(window_rows);
     if constexpr (detail::declares_on_compress<P>) {
-      player.team.for_each(player.size, [&](int s) { player.unit.score[s] = NAN; });  // a forgotten slot is found out
+      float* const score = player.unit.score;
+      player.team.for_each(player.size, [&](int s) { score[s] = NAN; });  // a forgotten slot is found out
       __syncthreads();
-      player.policy.on_compress(player.team, h);
+      const P policy = player.policy;
+      policy.on_compress(player.team, h);
     } else {
-      player.team.for_each(player.size, [&](int s) { player.unit.score[s] = player.score_of(h, s); });
+      player.team.for_each_read(
+          player.size, [&](int s) { return player.score_of(h, s); },
+          [&](int s, float score) { player.unit.score[s] = score; });
     }
     __syncthreads();
   }
 
-  /// One round: from candidates to a smaller cache; `ahead` as select_slots has it. Needs and gives a barrier.
-  template <bool ahead = false>
+  /// One round: from candidates to a smaller cache. Needs and gives a barrier.
   __device__ void compress(int buffer, int window_rows) {
     Player copy = *this;
-    compress_copy<ahead>(copy, buffer, window_rows);
+    compress_copy(copy, buffer, window_rows);
     follow(copy);
   }
 
@@ -302,23 +305,23 @@ struct Player : Play {
   }
 
  private:
-  template <bool ahead>
   static __device__ __noinline__ void compress_copy(Player& p, int buffer, int window_rows) {
     const Unit& unit = p.unit;
     const BlockTeam team = p.team;
     const Traits traits = p.traits();
     Head h = p.head(window_rows);
     const DeviceCandidates c = decisive(p, traits.scope == Scope::layer, buffer);
-    if (traits.select == Select::links)
-      select_links(p, c, traits, unit.work[0], unit.work[1]);
-    else
-      select_slots<ahead>(p, c, unit.work[0]);
     constexpr bool folds = detail::declares_on_merge<P>, evicts_by_hook = detail::declares_on_evict<P>;
-    int gone = mark_slots<ahead>(p, unit.work[0]);
-    if (traits.select == Select::links)
+    int gone;
+    if (traits.select == Select::links) {
+      select_links(p, c, traits, unit.work[0], unit.work[1]);
+      gone = mark_slots(p, unit.work[0]);
       link_targets(p, traits.picks);
-    else if (folds || evicts_by_hook || detail::declares_on_selected<P>)  // who may look at targets
-      team.for_each(p.size, [&](int s) { unit.target[s] = -1; });
+    } else {
+      gone = select_slots(p, c, unit.work[0]);
+      if (folds || evicts_by_hook || detail::declares_on_selected<P>)  // who may look at targets
+        team.for_each(p.size, [&](int s) { unit.target[s] = -1; });
+    }
     __syncthreads();
     if constexpr (detail::declares_on_merge<P>)
       if (traits.nearest != Nearest::none) find_nearest(p, h);
@@ -329,9 +332,9 @@ struct Player : Play {
     int* going = unit.work[0];  // victims in token order, where somebody asks for them
     if (folds || evicts_by_hook || gone == 1) {
       gone = team.number(
-          p.size, [&](int i) { return unit.stays[unit.order[i]] == 0; },
-          [&](int i, bool goes, int before) {
-            if (goes) going[before] = unit.order[i];
+          p.size, [&](int i) { return p.place(i, false); },
+          [&](int, const Place& goes, int before) {
+            if (goes) going[before] = goes.slot;
           });
       __syncthreads();
     }

@@ -108,7 +108,8 @@ class Stages {
       const bool again = !args_.first_round;
       if (again ? !p_.progress.more : p_.traits().probe == Probe::due && !p_.due(args_.first)) return;
       auto head = p_.head(args_.row_count);
-      p_.policy.on_probe(p_.team, head);
+      const P policy = p_.policy;
+      policy.on_probe(p_.team, head);
     }
   }
 
@@ -174,7 +175,7 @@ class Stages {
 
   __device__ void compress() {
     const bool due = p_.due(args_.first);
-    if (due) p_.template compress<true>(0, args_.row_count);
+    if (due) p_.compress(0, args_.row_count);
     if (threadIdx.x != 0) return;
     p_.progress.more = due && in_rounds(p_.traits()) && p_.over_budget();
     if (!p_.progress.compressing || p_.progress.more) return;

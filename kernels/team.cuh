@@ -34,26 +34,35 @@ struct BlockTeam {
   __device__ void sync() const { __syncthreads(); }
 
   /// f(i, read(i)) for every i < n. `ahead` are read before the first is used: stores of one do not hold up loads of the next,
-  /// nor does what `read` makes of them, as long as it has no branches.
+  /// nor does what `read` makes of them, as long as it has no branches. What is left to read beyond the last is the last.
   template <int ahead = 4, class Read, class F>
   __device__ void for_each_read(int n, Read read, F f) const {
-    int i = static_cast<int>(threadIdx.x);
-    for (; i + (ahead - 1) * team_threads < n; i += ahead * team_threads) {
+    for_each_read<ahead>(
+        n, read, 0, [](auto&, int, int) {}, f);
+  }
+  /// The same after add(what was read, i, term) for every term < terms, `ahead` indices at a time.
+  template <int ahead = 8, class Read, class Add, class F>
+  __device__ void for_each_read(int n, Read read, int terms, Add add, F f) const {
+    for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
+      const auto index = [&](int k) { return min(first + k * team_threads, n - 1); };
       decltype(read(0)) mine[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k) mine[k] = read(i + k * team_threads);
+      for (int k = 0; k < ahead; ++k) mine[k] = read(index(k));
+#pragma unroll 4
+      for (int term = 0; term < terms; ++term)
 #pragma unroll
-      for (int k = 0; k < ahead; ++k) f(i + k * team_threads, mine[k]);
+        for (int k = 0; k < ahead; ++k) add(mine[k], index(k), term);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (first + k * team_threads < n) f(first + k * team_threads, mine[k]);
     }
-#pragma unroll 1
-    for (; i < n; i += team_threads) f(i, read(i));
   }
 
   /// As HostTeam::sum, in the same order of additions.
   template <class F>
   __device__ float sum(int n, F f) const {
     float mine = 0;
-    for_each(n, [&](int i) { mine += f(i); });
+    for_each_read(n, f, [&](int, float x) { mine += x; });
     float* partial = memory->partial;
     __syncthreads();
     partial[threadIdx.x] = mine;
@@ -151,32 +160,31 @@ struct BlockTeam {
     return total;
   }
 
-  /// f(i, has(i), how many j < i have the property) for every i < n; returns how many have it in all. In each round a warp
-  /// asks for eight times 32 neighbours before f is called for the first. What f(i) writes no other has(j) may read.
-  template <class Has, class F>
+  /// f(i, has(i), how many j < i have the property) for every i < n; returns how many have it in all. What `has` returns is a
+  /// bool, or what else is read of i and converts to one. In each round a warp asks for `each` times 32 neighbours before f is
+  /// called for the first: without branches between their loads, beyond the last for that one. What f(i) writes no other
+  /// has(j) may read.
+  template <int each = 8, class Has, class F>
   __device__ int number(int n, Has has, F f) const {
-    constexpr int each = 8;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     int so_far = 0;
     for (int first = 0; first < n; first += each * team_threads) {
       const int mine = first + each * 32 * warp + lane;
-      bool has_it[each];
-      if (first + each * team_threads <= n) {  // without a branch between their loads
+      decltype(has(0)) found[each];
 #pragma unroll
-        for (int k = 0; k < each; ++k) has_it[k] = has(mine + 32 * k);
-      } else {
-#pragma unroll
-        for (int k = 0; k < each; ++k) has_it[k] = mine + 32 * k < n && has(mine + 32 * k);
-      }
+      for (int k = 0; k < each; ++k) found[k] = has(min(mine + 32 * k, n - 1));
       unsigned have[each];
       int of_warp = 0, before;
 #pragma unroll
-      for (int k = 0; k < each; ++k) have[k] = __ballot_sync(~0u, has_it[k]), of_warp += __popc(have[k]);
+      for (int k = 0; k < each; ++k) {
+        have[k] = __ballot_sync(~0u, mine + 32 * k < n && static_cast<bool>(found[k]));
+        of_warp += __popc(have[k]);
+      }
       const int total = scan_warps(of_warp, before);
       before += so_far;
 #pragma unroll
       for (int k = 0; k < each; ++k) {
-        if (mine + 32 * k < n) f(mine + 32 * k, has_it[k], before + __popc(have[k] & ((1u << lane) - 1)));
+        if (mine + 32 * k < n) f(mine + 32 * k, found[k], before + __popc(have[k] & ((1u << lane) - 1)));
         before += __popc(have[k]);
       }
       so_far += total;
@@ -220,22 +228,30 @@ struct BlockTeam {
   /// add_rows of 128 channels at a time: 16 threads a part, 8 channels a thread.
   template <class Head, class EightsOf, class Weight>
   __device__ void add_eights(const Head& head, EightsOf row, Weight weight, float* sum, int dim) const {
-    constexpr int parts = 16, lanes = team_threads / parts;
+    constexpr int parts = 16, lanes = team_threads / parts, ahead = 8;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % lanes;
     const bool upper = threadIdx.x % 32 >= lanes;
     for (int first = 0; first < dim; first += 8 * lanes) {
-      const int channel = first + 8 * lane;
+      const int channel = first + 8 * lane, size = head.size();
       float mine[8] = {};
-      if (channel < dim)
-#pragma unroll 8
-        for (int place = warp + (upper ? parts / 2 : 0); place < head.size(); place += parts) {
-          const int slot = head.at(place);
-          const float w = weight(slot);
-          float x[8];
-          row(slot).eight(channel, x);
+      for (int begin = warp; begin < size; begin += ahead * parts) {
+        struct Weighted {
+          float weight, x[8];
+        } rows[ahead];
+        const auto place = [&](int k) { return begin + (upper ? parts / 2 : 0) + k * parts; };
 #pragma unroll
-          for (int k = 0; k < 8; ++k) mine[k] += w * x[k];
+        for (int k = 0; k < ahead; ++k) {
+          const int slot = head.at(min(place(k), size - 1));
+          rows[k].weight = weight(slot);
+          row(slot).eight(channel < dim ? channel : 0, rows[k].x);
         }
+        __syncwarp();  // or the compiler puts every load off to its use
+#pragma unroll
+        for (int k = 0; k < ahead; ++k)
+          if (place(k) < size)
+#pragma unroll
+            for (int c = 0; c < 8; ++c) mine[c] += rows[k].weight * rows[k].x[c];
+      }
 #pragma unroll
       for (float& x : mine) x += __shfl_xor_sync(~0u, x, lanes);
       float* partial = memory->partial;  // [warp][32]: of each half of a warp one channel at a time

@@ -35,7 +35,10 @@ struct AdjacentLinks : Policy {
   }
   KV_HD int first_place(auto& head) const { return sinks < head.budget() ? sinks : head.budget() - 1; }
   KV_HD void on_probe(auto team, auto& head) const {
-    team.for_each(head.size(), [&](int s) { head.scratch(s).mass = head.seen(s).mean(); });
+    const int heads = head.info().group;
+    team.for_each_read(
+        head.size(), [](int) { return 0.f; }, heads, [&](float& sum, int s, int g) { sum += head.seen(s)[g]; },
+        [&](int s, float sum) { head.scratch(s).mass = sum / static_cast<float>(heads); });
     team.sync();
   }
   KV_HD float score_in(auto& head, int slot) const {

@@ -33,9 +33,9 @@ struct KVSlimmer : kv::AdjacentLinks {
   }
   KV_HD void on_probe(auto team, auto& head) const {
     AdjacentLinks::on_probe(team, head);
-    const auto mass = [&](int s, int place) { return place < first_place(head) ? 0.f : head.scratch(s).mass; };
-    const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place), place); }) + 1e-21f;
-    team.for_each(head.size(), [&](int s) { head.scratch(s).alpha = mass(s, head.place(s)) / total; });
+    const auto mass = [&](int s) { return head.place(s) < first_place(head) ? 0.f : head.scratch(s).mass; };
+    const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place)); }) + 1e-21f;
+    team.for_each_read(head.size(), mass, [&](int s, float mine) { head.scratch(s).alpha = mine / total; });
     team.sync();
     float* o = head.value_vector();  // sum alpha v
     team.add_rows(

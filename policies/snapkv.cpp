@@ -31,30 +31,36 @@ struct SnapKV : kv::Policy {
   KV_HD kv::Traits traits() const { return {.observation_window = window, .window_once = true}; }
   KV_HD void on_compress(auto team, auto& head) const {
     const bool voting = head.phase() == kv::Phase::prompt || head.compressions() == 0;
-    const int prefix = voting ? places_before(head, head.now() - window + 1) : 0;
-    if (prefix > 0 && order == Order::group_then_pool) {
-      team.for_each(head.size(), [&](int s) {
-        const auto seen = head.seen(s);
-        head.scratch(head.place(s)).vote = reduce(group, head.info().group, [&](int g) { return seen[g]; });
-      });
+    const int prefix = voting ? places_before(head, head.now() - window + 1) : 0, heads = head.info().group;
+    const auto give = [&](int s, float vote) { head.state(s).vote = head.score(s) = vote; };
+    if (order == Order::group_then_pool) {
+      team.for_each_read(
+          prefix > 0 ? head.size() : 0, [&](int s) { return Votes{head.place(s)}; }, heads,
+          [&](Votes& votes, int s, int g) { votes.add(head.seen(s)[g]); },
+          [&](int, const Votes& votes) { head.scratch(votes.at).vote = votes.reduced(group, heads); });
       team.sync();
+      team.for_each_read(
+          prefix, [&](int place) { return Votes{head.at(place)}; }, kernel,
+          [&](Votes& votes, int place, int k) {
+            const int voter = place + k - kernel / 2;
+            votes.add(voter >= 0 && voter < prefix ? head.scratch(voter).vote : 0.f);
+          },
+          [&](int, const Votes& votes) { give(votes.at, votes.reduced(pool, kernel)); });
+    } else {
+      team.for_each(prefix, [&](int place) { give(head.at(place), pooled_then_grouped(head, place, prefix)); });
     }
-    team.for_each(head.size(), [&](int place) {
-      const int s = head.at(place);
-      if (place < prefix) head.state(s).vote = pooled(head, place, prefix);
-      head.score(s) = head.state(s).vote;
-    });
+    team.for_each_read(  // what has its vote already
+        head.size() - prefix, [&](int i) { return head.at(prefix + i); },
+        [&](int, int s) { head.score(s) = head.state(s).vote; });
   }
 
  private:
-  KV_HD static float reduce(Reduce how, int n, auto vote) {  // of n votes, none of them negative
+  struct Votes {  // none of them negative
+    int at = 0;   // the place of the slot that gets them, or the slot of the place
     float sum = 0, best = 0;
-    for (int i = 0; i < n; ++i) {
-      const float x = vote(i);
-      sum += x, best = x > best ? x : best;
-    }
-    return how == Reduce::mean ? sum / static_cast<float>(n) : best;
-  }
+    KV_HD void add(float vote) { sum += vote, best = vote > best ? vote : best; }
+    KV_HD float reduced(Reduce how, int n) const { return how == Reduce::mean ? sum / static_cast<float>(n) : best; }
+  };
   /// How many slots hold tokens before `start`: the first places.
   KV_HD static int places_before(auto& head, int start) {
     int low = 0, high = head.size();
@@ -67,16 +73,15 @@ struct SnapKV : kv::Policy {
     }
     return low;
   }
-  KV_HD float pooled(auto& head, int place, int prefix) const {  // beyond the prefix: votes of 0
-    const auto pool_of = [&](auto vote) {
-      return reduce(pool, kernel, [&](int k) {
-        const int voter = place + k - kernel / 2;
-        return voter >= 0 && voter < prefix ? vote(voter) : 0.f;
-      });
-    };
-    if (order == Order::group_then_pool) return pool_of([&](int voter) { return head.scratch(voter).vote; });
-    return reduce(group, head.info().group,
-                  [&](int g) { return pool_of([&](int voter) { return head.seen(head.at(voter))[g]; }); });
+  KV_HD float pooled_then_grouped(auto& head, int place, int prefix) const {
+    Votes of_group;
+    for (int g = 0; g < head.info().group; ++g) {
+      Votes pooled;  // beyond the prefix: votes of 0
+      for (int voter = place - kernel / 2; voter < place - kernel / 2 + kernel; ++voter)
+        pooled.add(voter >= 0 && voter < prefix ? head.seen(head.at(voter))[g] : 0.f);
+      of_group.add(pooled.reduced(pool, kernel));
+    }
+    return of_group.reduced(group, head.info().group);
   }
 };
 KV_REGISTER(SnapKV);

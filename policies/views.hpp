@@ -150,6 +150,20 @@ struct HostTeam {
   KV_HD void for_each(int n, F f) const {
     for (int i = 0; i < n; ++i) f(i);
   }
+  /// f(i, read(i)), or f(i, what was read and then add(what was read, i, term) for every term < terms): CUDA reads ahead, so
+  /// `read` and `add` write nothing else, have no branches around what they read, and read nothing that f writes of others.
+  template <class Read, class F>
+  KV_HD void for_each_read(int n, Read read, F f) const {
+    for (int i = 0; i < n; ++i) f(i, read(i));
+  }
+  template <class Read, class Add, class F>
+  KV_HD void for_each_read(int n, Read read, int terms, Add add, F f) const {
+    for (int i = 0; i < n; ++i) {
+      auto mine = read(i);
+      for (int term = 0; term < terms; ++term) add(mine, i, term);
+      f(i, mine);
+    }
+  }
   /// Sum of f(i): 256 strided partial sums, then a tree; the same order on both engines. Sums over slots go by place
   /// (head.at(i)), since engines may keep slots in different places of memory.
   template <class F>

@@ -90,7 +90,9 @@ inline const void* load_shared_pointer(uint32_t address) {
 }
 inline void store_shared(uint32_t address, float x) { *reinterpret_cast<float*>(emulator::at_shared(address, 4)) = x; }
 inline void store_shared(uint32_t address, uint4 x) { *reinterpret_cast<uint4*>(emulator::at_shared(address, 16)) = x; }
-inline void count_one(uint32_t address) { ++*reinterpret_cast<std::uint32_t*>(emulator::at_shared(address, 4)); }
+inline void count_one(uint32_t address, bool counts) {
+  if (counts) ++*reinterpret_cast<std::uint32_t*>(emulator::at_shared(address, 4));
+}
 inline uint4 load_matrices(uint32_t address) { return emulator::matrices<false>("load_matrices", address); }
 inline uint4 load_turned(uint32_t address) { return emulator::matrices<true>("load_turned", address); }
 
