@@ -338,18 +338,18 @@ struct Player : Play {
           });
       __syncthreads();
     }
-    if (!folds || !traits.merges) {
+    bool merged = false;
+    if constexpr (detail::declares_on_merge<P>) {
+      merged = traits.merges;
+      if (merged && traits.one_at_a_time && gone > 1) return p.one_by_one(c, going, gone);
+      if (merged && gone == 1)
+        p.fold_apart(going[0], window_rows);
+      else if (merged)
+        fold_many(p, h, going, gone);
+    }
+    if (!merged) {
       if (threadIdx.x == 0) p.progress.evictions += gone;
       if (traits.select == Select::links) count_as_if_merged(p, traits.clip);
-      p.drop(going, gone);
-      return;
-    }
-    if constexpr (detail::declares_on_merge<P>) {
-      if (traits.one_at_a_time && gone > 1) return p.one_by_one(c, going, gone);
-      if (gone == 1)
-        p.fold_apart(going[0], window_rows);
-      else
-        fold_many(p, h, going, gone);
     }
     p.drop(going, gone);
   }
