@@ -244,8 +244,8 @@ __device__ __noinline__ inline int select_slots(const Play& play, const DeviceCa
 
 /// core/select.cpp's select_links: goes[place + 1] = 1 for every link (place, place + 1) that is joined. `state` is [n].
 /// Gives a barrier. Inlined, where a policy's traits are known and leave little of it.
-__device__ __forceinline__ void select_links(const Play& play, const DeviceCandidates& c, const Traits& traits, int* goes,
-                                             int* state) {
+__device__ __forceinline__ void select_links(const Play& play, const DeviceCandidates& c, const Traits& traits,
+                                             int* goes, int* state) {
   const BlockTeam team = play.team;
   const int n = play.size, budget = play.budget, links = n - 1;
   const bool by_limit = !traits.needs_budget();

@@ -36,7 +36,7 @@ struct HopperRows {
 #ifdef KV_HOPPER
 /// Where a block's things lie in shared memory.
 template <bool valued>
-struct RowMemory {
+struct HopperRowMemory {
   using Layout = HopperRows<valued>;
   char* shared;
   uint32_t base, barriers;
@@ -74,7 +74,7 @@ template <bool valued>
 struct RowCopies {
   using Layout = HopperRows<valued>;
   const AttentionShape& shape;
-  const RowMemory<valued>& memory;
+  const HopperRowMemory<valued>& memory;
   const unsigned buffer;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const unsigned stage = valued ? buffer / 2 : buffer;
@@ -208,7 +208,7 @@ struct RowWork {
   using Running = RunningRows<Element>;
   const AttentionShape& shape;
   const LogitRule& rule;
-  const RowMemory<valued>& memory;
+  const HopperRowMemory<valued>& memory;
   const int mine;
   unsigned n = 0, streamed = 0;  // runs and their tiles before the present one
 
@@ -350,7 +350,7 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
   char* const unaligned = launch_memory<swizzle_bytes>();
   __shared__ uint64_t barriers[Layout::barriers];
   char* const shared = unaligned + (-shared_address(unaligned) & (swizzle_bytes - 1));
-  const RowMemory<valued> memory{shared, shared_address(shared), shared_address(barriers)};
+  const HopperRowMemory<valued> memory{shared, shared_address(shared), shared_address(barriers)};
   if (threadIdx.x == 0) {
     for (int b = 0; b < Layout::buffers; ++b)
       barrier_init(memory.full(b), 32), barrier_init(memory.free(b), 4 * Layout::groups);

@@ -64,6 +64,12 @@ __device__ T& by_kept_address(T& object) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
+/// The same for a pointer: what is added to it later stays apart.
+__device__ inline const char* kept_pointer(const char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 /// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 x;

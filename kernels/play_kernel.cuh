@@ -43,7 +43,8 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
     }
     __syncthreads();
     if (streamed)
-      clear_parts(fixed.row, fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,
+      clear_parts(fixed.row,
+                  fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,
                   trace.group);
     const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group);
     const int size = play(fixed, *reinterpret_cast<const P*>(policy), memory + row_bytes);

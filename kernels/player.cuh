@@ -92,7 +92,7 @@ struct Player : Play {
     if (lane == 0) {  // all addresses before the first store, after which the compiler would have to read them anew
       int *const token_at = unit.token + slot, *const multiplicity_at = unit.multiplicity + slot;
       int *const order_at = unit.order + slot, *const rank_at = unit.rank + slot;
-      int *const rotated_at = absolute() ? nullptr : unit.rotated_at + slot;
+      int* const rotated_at = absolute() ? nullptr : unit.rotated_at + slot;
       int *const parent_at = unit.parent + token, *const slots_at = unit.slots_at + block;
       Slot* const state_at = &state(slot);
       std::uint8_t* const stays_at = unit.stays + slot;

@@ -148,8 +148,7 @@ struct SlotLoop {
 #pragma unroll
         for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int g = 0; g < 4; ++g)
-            weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, first_log_sums[g]);
+          for (int g = 0; g < 4; ++g) weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, first_log_sums[g]);
         if (info.group > 4)
 #pragma unroll
           for (int k = 0; k < 2; ++k)

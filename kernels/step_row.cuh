@@ -25,9 +25,9 @@ class StepRow : protected Stages<P, (width > 0)> {
                               p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
  protected:
+  using Base::add_statistics;
   using Base::args_;
   using Base::p_;
-  using Base::add_statistics;
   using Base::watches;
 
   __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }

@@ -176,11 +176,13 @@ class Stream {
     if constexpr (!keys && rows_a_copy != 2)
       to = ring_ + tile_bytes + stage_at + place<false>(lane() / row_chunks, lane() % row_chunks);
     if (whole_ && tile < tiles_of(now_.slots)) {  // neighbours in memory from the first row to the last
-      const char* from =
-          static_cast<const char*>(rows) + static_cast<long>(tile) * static_cast<long>(tile_bytes) + (copy_ >> lane_bit) * 16;
+      // The tile's middle: all its copies are within reach of one address, which none has to wait for.
+      constexpr long half = tile_bytes / 2;
+      const char* const middle = kept_pointer(static_cast<const char*>(rows) +
+                                              (2 * static_cast<long>(tile) + 1) * half + (copy_ >> lane_bit) * 16);
       const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
 #pragma unroll
-        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, from + i * 512, wish);
+        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, middle + (i * 512 - half), wish);
       };
       if (tile < kept_tiles_) {  // wishes are the same in all threads: others would cost two instructions a copy
         __syncwarp();            // keeps the compiler from going through both branches
@@ -344,8 +346,8 @@ class Stream {
   const int tiles_;
   const bool whole_;        // rows fill the width: whole tiles are neighbours in memory
   const int simple_tiles_;  // of logits neither bent, biased nor hidden
-  const int kept_tiles_;   // that stay in the second-level cache; -1 = no wishes
-  const uint64_t others_;  // the wish for the rest
+  const int kept_tiles_;    // that stay in the second-level cache; -1 = no wishes
+  const uint64_t others_;   // the wish for the rest
   const float scale_;
   float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
   const unsigned ring_, query_;
@@ -358,8 +360,8 @@ class Stream {
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, Probing probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                            Ring& ring, bool next) {
+__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring& ring,
+                                            bool next) {
   Stream<Element, width, probing> stream(look, now, memory, look.kept_tiles);
   stream.run(ring, next);
   stream.store();

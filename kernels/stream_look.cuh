@@ -49,10 +49,10 @@ struct SoftmaxPart {
 
 /// Shared memory of a stream: what is of one size for all shapes lies here.
 struct StreamMemory {
-  uint4* ring;         // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
+  uint4* ring;  // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
   SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
-  float* partial;      // [stream_warps][group][stream_pitch]
-  unsigned* probe;     // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
+  float* partial;                                   // [stream_warps][group][stream_pitch]
+  unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
 
 /// How a policy's vector goes along with a stream, as three rows (24 bits of it): not, in the places of queries that the group

@@ -10,13 +10,13 @@ struct RowMemory {
   StreamMemory stream;
   std::uint16_t* queries[2];  // RowNow::queries of the present step and of the next
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
-  std::uint16_t *key, *value;  // [input_buffers][width]
-  float* full;                 // [input_buffers][group][value_dim]
-  float* output;               // [group][value_dim]
-  float* log_sum;              // [group] log-sum-exps
+  std::uint16_t *key, *value;                 // [input_buffers][width]
+  float* full;                                // [input_buffers][group][value_dim]
+  float* output;                              // [group][value_dim]
+  float* log_sum;                             // [group] log-sum-exps
   float log_sums[team_warps * stream_heads];  // every warp's own copy, to 2^-21
   SoftmaxPart whole[stream_heads];            // what the log-sum-exps of a streamed row are of
-  float* probabilities;        // [group][logit_stride] in device memory, for rows that are not streamed
+  float* probabilities;                       // [group][logit_stride] in device memory, for rows that are not streamed
 
   /// This warp's copy of the log-sum-exps, of groups that fit.
   __device__ float* own_log_sum() { return log_sums + threadIdx.x / 32 * stream_heads; }
@@ -201,7 +201,8 @@ struct TokenAttention {
   /// The output of head g, by one warp, from what the warps left.
   __device__ void output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
                             RowMemory& memory) const {
-    const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)), first_lane = g % heads_at_once * softmax_parts;
+    const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)),
+              first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
     float weight[stream_warps + 1];
