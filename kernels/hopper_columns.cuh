@@ -342,6 +342,7 @@ __global__ __launch_bounds__(HopperColumns::threads,
     if (run.other_queries) {
       for (int b = 0; work.stay && stays >= 0 && b < Layout::staying; ++b) release(barriers.free(b));
       ++stays;
+      for (int b = tiles; work.stay && b < Layout::staying; ++b) barrier_wait(barriers.full(b), stays & 1);
     }
     for (int i = 0; i < tiles; ++i) {
       const unsigned tile = work.stay ? stays % 2 * Layout::staying + i : streamed + i;
