@@ -220,16 +220,14 @@ struct Player : Play {
   static __device__ __noinline__ void score(Player player, int window_rows) {
     player.know_probe();
     Head h = player.head(window_rows);
+    float* const score = player.unit.score;
     if constexpr (detail::declares_on_compress<P>) {
-      float* const score = player.unit.score;
       player.team.for_each(player.size, [&](int s) { score[s] = NAN; });  // a forgotten slot is found out
       __syncthreads();
       const P policy = player.policy;
       policy.on_compress(player.team, h);
     } else {
-      player.team.for_each_read(
-          player.size, [&](int s) { return player.score_of(h, s); },
-          [&](int s, float score) { player.unit.score[s] = score; });
+      player.team.for_each(player.size, [&](int s) { score[s] = player.score_of(h, s); });  // each once: it may write
     }
     __syncthreads();
   }
