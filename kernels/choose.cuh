@@ -195,19 +195,14 @@ __device__ bool mark_lowest(const Play& play, const DeviceCandidates& c, int n, 
 
 /// From places to slots: stays[slot], and how many go. Gives a barrier.
 __device__ __noinline__ inline int mark_slots(const Play& play, const int* goes) {
-  struct Place {
-    int slot;
-    bool goes;
-    __device__ explicit operator bool() const { return goes; }
-  };
   const int* const order = play.unit.order;
   std::uint8_t* const stays = play.unit.stays;
   const int gone = play.team.number(
       play.size,
       [&](int i) {
-        return Place{order[i], goes[i] != 0};
+        return Play::Place{order[i], goes[i] != 0};
       },
-      [&](int, const Place& mine, int) { stays[mine.slot] = !mine.goes; });
+      [&](int, const Play::Place& mine, int) { stays[mine.slot] = !mine.is; });
   __syncthreads();
   return gone;
 }

@@ -23,7 +23,8 @@ struct Player : Play {
   __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
 
   __device__ Traits traits() const { return policy.traits(); }
-  __device__ Dtype elements() const { return plain ? Dtype::bfloat16 : trace.elements; }
+  static __device__ Dtype elements_of(const TraceData& trace) { return plain ? Dtype::bfloat16 : trace.elements; }
+  __device__ Dtype elements() const { return elements_of(trace); }
   __device__ Dtype dtype() const { return plain ? Dtype::bfloat16 : trace.dtype; }
 
   /// The head as hooks see it now, `rows` query rows having been summed in head.seen(). Made where it is used: what a hook
@@ -193,8 +194,7 @@ struct Player : Play {
   /// key . vector of every slot, a warp a slot; needs a barrier before and gives one.
   static __device__ __noinline__ void probe_keys(const Fixed& f, int size) {
     for (int s = static_cast<int>(threadIdx.x / 32); s < size; s += team_warps) {
-      const Dtype elements = plain ? Dtype::bfloat16 : f.trace.elements;
-      const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, elements, s, f.trace.key_dim),
+      const float dot = WarpRows{}.dot(DeviceRow::at(f.unit.keys, elements_of(f.trace), s, f.trace.key_dim),
                                        detail::FloatRow{f.unit.vector, f.trace.key_dim});
       if (threadIdx.x % 32 == 0) f.unit.probe[s] = dot;
     }
