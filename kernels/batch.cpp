@@ -48,6 +48,7 @@ int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPl
 
 Launch Batch::stage(Stage what, const BlockRange& block) const {
   Launch launch;
+  launch.maps = maps_;
   launch.units = device_units_.data(), launch.progress = progress_.data(), launch.layers = device_layers_.data();
   launch.trace = trace_.data;
   launch.settings = {plan_.settings.positions, plan_.settings.compress,

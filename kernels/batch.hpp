@@ -83,6 +83,8 @@ class Batch {
   };
   UnitSpan span() const;
   void make_units(const std::vector<DevicePoint>& points);
+  /// maps_ of all units' rows.
+  void make_maps(std::size_t unit_bytes);
   Launch stage(Stage what, const BlockRange& block) const;
   void play(const Launch& launch, TimedPhase phase);
   void look(Launch launch, const std::vector<int>& rows, bool outputs, bool sums, TimedPhase phase);
@@ -115,6 +117,7 @@ class Batch {
 
   std::vector<Unit> units_;
   Buffer<char> memory_;  // every unit's arrays
+  TileMaps maps_;
   Buffer<Unit> device_units_;
   Buffer<Progress> progress_;
   Buffer<LayerData> device_layers_;

@@ -238,12 +238,27 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
     unit.slots_at = slots_.data() + u * steps;
     if (timing_ == Timing::phases) unit.clocks = clocks_.data() + u * steps * timed_phases;
   }
+  make_maps(counter.used());
   device_units_ = Buffer<Unit>(units_), progress_ = Buffer<Progress>(count), tasks_ = Buffer<AttentionTask>(count);
   lost_tasks_ = Buffer<LostMassTask>(count), meeting_ = Buffer<int>(count);
   if (plan_.traits.key_gradient != KeyGradient::none) gradient_tasks_ = Buffer<KeyGradientTask>(count);
   std::vector<LayerData> layers;
   for (const BatchLayer& layer : layers_) layers.push_back(layer.data);
   device_layers_ = Buffer<LayerData>(layers);
+}
+
+void Batch::make_maps(std::size_t unit_bytes) {
+  const TraceData& t = trace_.data;
+  if (!streams(t.elements, t.key_dim, t.value_dim, t.group)) return;
+  const Unit& first = units_.front();
+  const auto map_of = [&](const void* rows, int dim) {
+    return make_tile_map(rows, dim, first.capacity, unit_bytes, units_.size());
+  };
+  maps_.keys = map_of(first.keys, t.key_dim), maps_.values = map_of(first.values, t.value_dim);
+  if (first.rotated) maps_.rotated = map_of(first.rotated, t.key_dim);
+  // Behind the last slot tiles hold what was there before, and count nothing of it: it only must not be NaN.
+  const std::size_t row = static_cast<std::size_t>(t.value_dim * bytes_of(t.elements));
+  KV_CUDA_TRY(cudaMemset2D(first.values, unit_bytes, 0, row * static_cast<std::size_t>(first.capacity), units_.size()));
 }
 
 }  // namespace kv

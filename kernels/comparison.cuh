@@ -34,28 +34,42 @@ __device__ inline double sum_of_four(double a, double b, double c, double d) {
   return sum;
 }
 
-/// Compares one head's output of a measured query with full attention's; by one warp. What single queries do not need is left
-/// to finish_measures: cosine holds o . o' and lost_mass the log-sum-exp until then.
+/// What a lane has seen of an output and full attention's.
+struct OutputSums {
+  double error2 = 0, full2 = 0, got2 = 0, dot = 0;
+  __device__ void add(float output, float full_output) {
+    const double x = output, full = full_output;
+    error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
+  }
+};
+
+/// Keeps the sums over a warp's lanes, one head's of a measured query. What single queries do not need is left to finish_measures:
+/// cosine holds o . o' and lost_mass the log-sum-exp until then.
+__device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, int head, int token, long here,
+                                          const OutputSums& sums, double lse) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot);
+  if (lane % 8 != 0) return;
+  if (lane <= 8 && !isfinite(sum)) record_error(progress, UnitError::not_finite, head, token);
+  double* const results = lane == 0 ? unit.error2 : lane == 8 ? unit.output2 : lane == 16 ? unit.got2 : unit.cosine;
+  results[here] = sum;
+  if (lane == 0) unit.lost_mass[here] = lse;
+}
+
+/// Compares one head's output of a measured query with full attention's; by one warp.
 __device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceData& trace, Progress& progress,
                                                 const MeasuredHead& head, const float* output, const float* full_output,
                                                 double lse) {
   const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
   const long in_delta = static_cast<long>(head.m) * trace.group + head.g;
-  const long here = static_cast<long>(head.g) * head.count + head.m;
-  double error2 = 0, full2 = 0, got2 = 0, dot = 0;
+  OutputSums sums;
 #pragma unroll 4
   for (int c = lane; c < dv; c += 32) {
-    const double x = output[c], full = full_output[c];
-    error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
+    sums.add(output[c], full_output[c]);
     if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - full_output[c];
   }
-  const double sum = sum_of_four(error2, full2, got2, dot);
-  if (lane % 8 != 0) return;
-  if (lane <= 8 && !isfinite(sum))
-    record_error(progress, UnitError::not_finite, unit.info.kv_head * trace.group + head.g, head.token);
-  double* const results = lane == 0 ? unit.error2 : lane == 8 ? unit.output2 : lane == 16 ? unit.got2 : unit.cosine;
-  results[here] = sum;
-  if (lane == 0) unit.lost_mass[here] = lse;
+  keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
+            static_cast<long>(head.g) * head.count + head.m, sums, lse);
 }
 
 }  // namespace kv

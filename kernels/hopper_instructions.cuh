@@ -1,5 +1,4 @@
-// Hopper's own instructions (sm_90a): warpgroup products on swizzled shared memory, transaction-free mbarriers between a
-// warp that copies and the warpgroups that compute, and the hand-over of registers. kernels/emulator has the same functions
+// Hopper's own instructions (sm_90a): warpgroup products on swizzled shared memory, and the hand-over of registers. kernels/emulator has the same functions
 // for a machine without a GPU.
 #pragma once
 #include <type_traits>
@@ -12,23 +11,6 @@ namespace kv::blocks {
 #define KV_HOPPER 1
 #endif
 
-__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-__device__ inline void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 /// The thread's copies have landed and products may read them, once a barrier has been passed.
 __device__ inline void publish_copies() {
   asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");

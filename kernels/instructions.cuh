@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels/tile_map.hpp"
+
 namespace kv {
 
 /// 2^x with the special function unit: relative error 2^-22, results below 2^-126 are 0.
@@ -64,21 +66,10 @@ __device__ T& by_kept_address(T& object) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
-/// The same for a pointer: what is added to it later stays apart.
-__device__ inline const char* kept_pointer(const char* p) {
-  asm volatile("" : "+l"(p));
-  return p;
-}
-
 /// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
-  return x;
-}
-__device__ inline const void* load_shared_pointer(uint32_t address) {
-  const void* x;
-  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(address));
   return x;
 }
 __device__ inline void store_shared(uint32_t address, uint4 x) {
@@ -121,13 +112,6 @@ __device__ inline uint4 load_turned(uint32_t address) {
 __device__ inline void copy_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-/// The same with a wish (stay_long, go_first) for how long the line stays in the second-level cache.
-__device__ inline void copy_16(uint32_t to, const void* from, uint64_t wish) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(wish)
-               : "memory");
-}
-/// What createpolicy.fractional.L2::evict_normal, ::evict_last and ::evict_first give for the whole of an access.
-constexpr uint64_t stay_as_usual = 0x1000000000000000, stay_long = 0x14F0000000000000, go_first = 0x12F0000000000000;
 /// The same; all zero unless `real`.
 __device__ inline void copy_16(uint32_t to, const void* from, bool real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0) : "memory");
@@ -142,6 +126,58 @@ __device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::
 template <int pending>
 __device__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/// Whether copy_box() is there (sm_90 and later).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool copies_boxes = true;
+#else
+constexpr bool copies_boxes = false;
+#endif
+/// What createpolicy.fractional.L2::evict_normal, ::evict_last and ::evict_first give for the whole of an access: wishes for how
+/// long a line stays in the second-level cache.
+constexpr uint64_t stay_as_usual = 0x1000000000000000, stay_long = 0x14F0000000000000, go_first = 0x12F0000000000000;
+/// Starts copying stream_tile rows of 64 channels, from one channel and row of a unit on, by one lane: 128 bytes a row, whose
+/// chunks of 16 bytes are exchanged within every 8 rows; channels beyond a row's end are zeros. `barrier` counts the bytes.
+__device__ inline void copy_box(uint32_t to, const TileMap* from, int channel, int row, int unit, uint32_t barrier,
+                                uint64_t wish) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %4}], [%5], %6;" ::"r"(to),
+      "l"(from), "r"(channel), "r"(row), "r"(unit), "r"(barrier), "l"(wish)
+      : "memory");
+}
+/// True in one lane of a whole warp.
+__device__ inline bool is_elected() {
+  unsigned elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+  return elected != 0;
+}
+/// What the thread has written by stores, copies of boxes may read or write over once a barrier has been passed.
+__device__ inline void written_to_device() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ inline void written_to_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// Barriers in shared memory, whose phases end with so many arrivals and all bytes that were expected.
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ inline void barrier_end(uint32_t barrier) { asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(barrier)); }
+__device__ inline void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_expect(uint32_t barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 /// Named barriers. `threads` counts those who wait and those who only arrive.

@@ -19,6 +19,8 @@ struct Fixed {
   RowLook look;  // of the row that attends
   TeamMemory team;
   const Unit* units;
+  const TileMaps* maps;
+  int unit_index;
   Progress progress;
   Fold plan;      // of the one victim of a step
   void* home[8];  // where StepRecords took arrays from; null for those that stayed
@@ -47,7 +49,8 @@ struct Play {
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
   Ring ring;       // what is under way for the next row
-  int stale = -1;  // a slot whose row changed in memory since
+  int stale = -1;    // a slot whose row changed in memory since
+  int changed = -1;  // RowNow::changed
 
   __device__ explicit Play(Fixed& f)
       : fixed(f),
@@ -62,7 +65,9 @@ struct Play {
         budget(f.unit.info.budget) {}
 
   /// What a function that worked on a copy left behind.
-  __device__ void follow(const Play& copy) { size = copy.size, ring = copy.ring, stale = copy.stale; }
+  __device__ void follow(const Play& copy) {
+    size = copy.size, ring = copy.ring, stale = copy.stale, changed = copy.changed;
+  }
 
   /// The first warp that does not stream keeps the books of a step: tokens, state, what became of them.
   static __device__ bool is_clerk_warp() { return threadIdx.x / 32 == stream_warps; }
@@ -179,6 +184,7 @@ struct Play {
   static __device__ __noinline__ void turn(Play play, int token) {
     play.rotate_keys(play.size);
     play.rotate_queries(&token, 1, play.size);
+    if constexpr (copies_boxes) written_to_device();
     __syncthreads();
   }
 
@@ -189,6 +195,7 @@ struct Play {
     if (threadIdx.x == 0) {
       RowLook& look = fixed.look;
       look.keys = attended_keys(), look.values = unit.values;
+      look.from = {absolute() ? &fixed.maps->keys : &fixed.maps->rotated, &fixed.maps->values, fixed.unit_index};
       look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
       look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
       look.newest_key = newest_key, look.window = layer.window;
@@ -217,12 +224,15 @@ struct Play {
   template <int width>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
-    const RowNow mine{slots, token, play.row.queries[play.now & 1], play.at(look.keys, slots, look.key_dim),
-                      play.at(look.values, slots, look.value_dim)};
-    play.ring.running = false;
+    const RowNow mine{slots,
+                      token,
+                      play.row.queries[play.now & 1],
+                      play.at(look.keys, slots, look.key_dim),
+                      play.at(look.values, slots, look.value_dim),
+                      play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
     stage_queries(look, queries, play.row.queries[play.now & 1]);
-    play.attention().streamed<width>(look, mine, play.row);
+    play.attention().streamed<width>(look, mine, play.row, play.ring);
   }
   template <int width = 0>
   __device__ void attend_apart(int token) {
@@ -272,6 +282,7 @@ struct Play {
       __syncwarp();
       patch(victim, key, value);
     }
+    changed = victim;
     size = last;
   }
 

@@ -18,7 +18,7 @@ __device__ void copy_words(T* to, const T* from) {
 /// play(fixed, policy, memory beyond a row's) for every unit of a launch; returns the slots that are then in the cache.
 template <class P, class Play>
 __device__ void play_units(const Launch& launch, const P* points, Play play) {
-  char* const memory = launch_memory();  // a ring's addresses turn by bits
+  char* const memory = launch_memory<1024>();  // a ring's addresses turn by bits
   __shared__ Fixed fixed_memory;
   Fixed& fixed = by_kept_address(fixed_memory);
   __shared__ __align__(16) unsigned char policy[sizeof(P)];
@@ -37,10 +37,11 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       fixed.trace = launch.trace, fixed.settings = launch.settings;
       carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group);
       fixed.row.probabilities = unit->probabilities;
-      fixed.units = launch.units;
+      fixed.units = launch.units, fixed.maps = &launch.maps, fixed.unit_index = u;
       fixed.logits = unit->logits, fixed.logit_stride = logit_stride(unit->capacity);
       fixed.streamed = streamed;
     }
+    if (streamed) begin_landings(fixed.row.stream);
     __syncthreads();
     if (streamed)
       clear_parts(fixed.row,
@@ -52,6 +53,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
     if (threadIdx.x == 0) fixed.progress.size = size;
     __syncthreads();
     copy_words(launch.progress + u, &fixed.progress);
+    if (streamed) end_landings(fixed.row.stream);
     __syncthreads();
   }
 }

@@ -9,7 +9,8 @@ constexpr int stream_warps = 4;  // the first warps of a team: they stream the c
 constexpr int stream_depth = 1;  // tiles of 128 channels that a warp has under way; of 64, twice as many
 constexpr int stream_tile = 16;  // slots that a warp takes at a time
 constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
-constexpr int stream_ring_bytes = stream_depth * (stream_tile * 512 + 128);  // of a warp: tiles of keys and of values
+constexpr int stream_ring_bytes = stream_depth * stream_tile * 512;  // of a warp: tiles of keys and of values
+constexpr int most_stream_depth = 2 * stream_depth;
 constexpr int softmax_parts =
     8;  // most parts that a head's softmax is put together from: a warp's each, the newest slot's, the sink's
 static_assert(stream_warps + 2 <= softmax_parts);

@@ -5,17 +5,18 @@
 
 namespace kv {
 
-/// One row's observation of a slot, in registers: policies/views.hpp's Observed for groups that fit.
+/// One row's observation of a slot, in registers: policies/views.hpp's Observed for groups of at most `heads`.
+template <int heads>
 class RowObserved {
  public:
-  __device__ RowObserved(const float (&sums)[stream_heads], int group) : group_(group) {
+  __device__ RowObserved(const float (&sums)[heads], int group) : group_(group) {
 #pragma unroll
-    for (int g = 0; g < stream_heads; ++g) sums_[g] = sums[g];
+    for (int g = 0; g < heads; ++g) sums_[g] = sums[g];
   }
   __device__ float operator[](int head) const {
     float sum = 0;
 #pragma unroll
-    for (int g = 0; g < stream_heads; ++g) sum = g == head ? sums_[g] : sum;
+    for (int g = 0; g < heads; ++g) sum = g == head ? sums_[g] : sum;
     return sum;
   }
   __device__ int group() const { return group_; }
@@ -23,20 +24,23 @@ class RowObserved {
   __device__ float mean() const {
     float sum = 0;
 #pragma unroll
-    for (int g = 0; g < stream_heads; ++g) sum = g < group_ ? sum + sums_[g] : sum;
+    for (int g = 0; g < heads; ++g) sum = g < group_ ? sum + sums_[g] : sum;
     return sum / static_cast<float>(group_);
   }
   __device__ float max() const {
     float best = sums_[0];
 #pragma unroll
-    for (int g = 1; g < stream_heads; ++g) best = g < group_ && sums_[g] > best ? sums_[g] : best;
+    for (int g = 1; g < heads; ++g) best = g < group_ && sums_[g] > best ? sums_[g] : best;
     return best;
   }
 
  private:
-  float sums_[stream_heads];
+  float sums_[heads];
   int group_;
 };
+
+/// Query heads of a group that a step observes and scores in one loop; of larger ones it makes two.
+constexpr int loop_heads = 4;
 
 /// The slots of a unit as a loop over them sees them: pointers and what a row left, read once, since stores in the loop
 /// would make the compiler read them again from shared memory each time.
@@ -51,7 +55,6 @@ struct SlotLoop {
   float* const logits;
   const float *const bias, *const probe;
   const float* const log_sum;  // of the heads of the latest row, where they fit
-  float first_log_sums[4];     // the first of them
 
   __device__ SlotLoop(const Fixed& f, int now_)
       : info(f.unit.info),
@@ -64,10 +67,7 @@ struct SlotLoop {
         logits(f.logits),
         bias(f.unit.bias),
         probe(f.unit.probe),
-        log_sum(f.row.own_log_sum()) {
-#pragma unroll
-    for (int g = 0; g < 4; ++g) first_log_sums[g] = g < info.group ? log_sum[g] : 0.f;
-  }
+        log_sum(f.row.own_log_sum()) {}
 
   __device__ SlotView<Slot> view(int s, int slot_token, float key_probe = 0) const {
     return {state[s], info, slot_token, now, multiplicity[s], key_probe};
@@ -76,25 +76,33 @@ struct SlotLoop {
   /// f(slot, its token) for a thread's own slots.
   template <class F>
   __device__ __forceinline__ void each(int size, F f) const {
-    each_two<Looks::not_at_all>(size, [&](int s, int slot_token, const float(&)[stream_heads]) { f(s, slot_token); });
+    const int first = static_cast<int>(threadIdx.x);
+    if (first >= size) return;
+    int next = token[first];  // read ahead of its turn, since it may lie in device memory
+#pragma unroll 1
+    for (int s = first; s < size; s += team_threads) {
+      const int slot_token = next;
+      if (s + team_threads < size) next = token[s + team_threads];
+      f(s, slot_token);
+    }
   }
 
-  /// f(slot, its token) for a thread's own slots after on_attention of the row just attended, for groups that fit: its owner's
-  /// own data only.
-  template <class F>
+  /// f(slot, its token) for a thread's own slots after on_attention of the row just attended, for groups of at most `heads`: its
+  /// owner's own data only.
+  template <int heads = loop_heads, class F>
   __device__ __forceinline__ void observe(const P& policy, int size, F f) const {
     if constexpr (detail::declares_on_attention<P>)
-      each_two<Looks::observes>(size, [&](int s, int slot_token, const float(&weighed)[stream_heads]) {
-        policy.on_attention(view(s, slot_token), RowObserved(weighed, info.group));
+      each_two<heads, Looks::observes>(size, [&](int s, int slot_token, const float(&weighed)[heads]) {
+        policy.on_attention(view(s, slot_token), RowObserved<heads>(weighed, info.group));
         f(s, slot_token);
       });
   }
 
-  /// A window's statistic of the row just attended in the place of the logits.
+  /// A window's statistic of the row just attended in the place of the logits, for groups of at most loop_heads.
   __device__ __forceinline__ void weigh_in_place(int size) const {
-    each_two<Looks::weighs_window>(size, [&](int s, int, const float(&weighed)[stream_heads]) {
+    each_two<loop_heads, Looks::weighs_window>(size, [&](int s, int, const float(&weighed)[loop_heads]) {
 #pragma unroll
-      for (int g = 0; g < stream_heads; ++g)
+      for (int g = 0; g < loop_heads; ++g)
         if (g < info.group) logits[g * logit_stride + s] = weighed[g];
     });
   }
@@ -111,53 +119,44 @@ struct SlotLoop {
   }
 
  private:
-  enum class Looks { not_at_all, observes, weighs_window };
+  enum class Looks { observes, weighs_window };
 
-  /// What a loop reads of a slot ahead of its turn, since it may lie in device memory: its token and, if it is looked at, the
-  /// first heads' logits and its bias.
+  /// What a loop reads of a slot ahead of its turn.
+  template <int heads>
   struct Read {
     int token;
-    float logit[4], bias;
+    float logit[heads], bias;
   };
-  template <Looks looks>
-  __device__ __forceinline__ Read read(int s) const {
-    Read ahead{token[s], {}, 0};
-    if constexpr (looks != Looks::not_at_all) {
+  template <int heads>
+  __device__ __forceinline__ Read<heads> read(int s) const {
+    Read<heads> ahead{token[s], {}, 0};
 #pragma unroll
-      for (int g = 0; g < 4; ++g) ahead.logit[g] = g < info.group ? logits[g * logit_stride + s] : -INFINITY;
-      if constexpr (detail::declares_log_bias<P>) ahead.bias = bias[s];
-    }
+    for (int g = 0; g < heads; ++g) ahead.logit[g] = g < info.group ? logits[g * logit_stride + s] : -INFINITY;
+    if constexpr (detail::declares_log_bias<P>) ahead.bias = bias[s];
     return ahead;
   }
 
   /// f(slot, its token, what `weigh` or weigh_window makes of the row just attended, head by head, 0 beyond the group) for a
   /// thread's own slots: two at a time, since each is a chain of operations that wait for one another.
-  template <Looks looks, class F>
+  template <int heads, Looks looks, class F>
   __device__ __forceinline__ void each_two(int size, F f) const {
     constexpr int step = 2 * team_threads;
     const int first = static_cast<int>(threadIdx.x);
     if (first >= size) return;
     const auto other = [&](int s) { return s + team_threads < size ? s + team_threads : s; };
-    Read next[2] = {read<looks>(first), read<looks>(other(first))};
+    Read<heads> next[2] = {read<heads>(first), read<heads>(other(first))};
+    float log_sums[heads];
+#pragma unroll
+    for (int g = 0; g < heads; ++g) log_sums[g] = g < info.group ? log_sum[g] : 0.f;
 #pragma unroll 1
     for (int s = first; s < size; s += step) {
-      const Read mine[2] = {next[0], next[1]};
-      if (s + step < size) next[0] = read<looks>(s + step), next[1] = read<looks>(other(s + step));
-      float weighed[2][stream_heads] = {};
-      if constexpr (looks != Looks::not_at_all) {
+      const Read<heads> mine[2] = {next[0], next[1]};
+      if (s + step < size) next[0] = read<heads>(s + step), next[1] = read<heads>(other(s + step));
+      float weighed[2][heads];
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
+      for (int k = 0; k < 2; ++k)
 #pragma unroll
-          for (int g = 0; g < 4; ++g) weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, first_log_sums[g]);
-        if (info.group > 4)
-#pragma unroll
-          for (int k = 0; k < 2; ++k)
-#pragma unroll
-            for (int g = 4; g < stream_heads; ++g) {
-              const int at = g * logit_stride + (k == 0 ? s : other(s));
-              weighed[k][g] = weigh<looks>(g < info.group ? logits[at] : -INFINITY, mine[k].bias, log_sum[g]);
-            }
-      }
+        for (int g = 0; g < heads; ++g) weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, log_sums[g]);
       f(s, mine[0].token, weighed[0]);
       if (s + team_threads < size) f(s + team_threads, mine[1].token, weighed[1]);
     }

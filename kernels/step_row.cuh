@@ -120,16 +120,17 @@ class StepRow : protected Stages<P, (width > 0)> {
     const int last = p_.size - 1;
     const RowNow now{last, token, p_.row.queries[token & 1],
                      absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
-                     inputs().value(token)};
+                     inputs().value(token),
+                     p_.changed};
     const bool next = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
-      const int stale = p_.stale;
+      const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
       if (stale >= 0 && stale < last && p_.streams_slot(stale))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
       stream(now, next);
     } else {
       if constexpr (plain) {
-        make_outputs();
+        measure_row();
 #pragma unroll
         for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
       }
@@ -137,11 +138,8 @@ class StepRow : protected Stages<P, (width > 0)> {
       attention().newest_slot(p_.fixed.look, now, p_.row);
       serve(token);
     }
-    p_.stale = -1;
-    if (stream_width() > 64)
-      Stream<__nv_bfloat16, 128, Probing::none>::advance(p_.ring, last, next);
-    else
-      Stream<__nv_bfloat16, 64, Probing::none>::advance(p_.ring, last, next);
+    p_.stale = p_.changed = -1;
+    advance_ring(stream_width(), p_.ring, last, next);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row);
@@ -154,8 +152,14 @@ class StepRow : protected Stages<P, (width > 0)> {
     const RowLook& look = p_.fixed.look;
     StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
+      if (!p_.ring.running) {
+        const RowNow copy = now;
+        start_apart(look, copy, memory, p_.ring, args_.settings.kept_tiles);
+      }
       const auto run = [&](auto probing) __attribute__((always_inline)) {
-        Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, args_.settings.kept_tiles);
+        const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
+        const int kept_tiles = args_.settings.kept_tiles;
+        Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
         stream.run(p_.ring, next);
         named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
         stream.store();
@@ -165,17 +169,22 @@ class StepRow : protected Stages<P, (width > 0)> {
       else
         run(std::integral_constant<Probing, Probing::none>{});
     } else {
-      Ring ring = p_.ring;
+      const Ring ring = p_.ring;
       const RowNow copy = now;
       stream_apart(p_.trace.elements, look, copy, memory, ring, next);
-      p_.ring = ring;
     }
   }
 
-  /// What the warps that do not stream do for the steps before and after, if they have made the outputs.
+  static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring ring,
+                                                  int kept_tiles) {
+    Stream<__nv_bfloat16, width, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
+  }
+
+  /// What the warps that do not stream do for the next step; and for the one before, unless rows are plain.
   __device__ void serve(int token) {
-    measure_outputs();
+    if constexpr (!plain) measure_row();
     if (token + 1 < args_.last) fetch(token + 1);
+    if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
     await_copies<0>();
   }
   __device__ void fetch(int token) const {
@@ -184,41 +193,45 @@ class StepRow : protected Stages<P, (width > 0)> {
     if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
   }
 
-  /// f(head) of the last row that was measured, which is a step back or the present one, heads dealt over the warps that do
-  /// not stream.
-  template <class F>
-  __device__ void each_measured_head(F f) {
+  /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
+  /// warps that do not stream. Plain rows leave parts of them, which may change afterwards.
+  __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
     const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
-    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) f(g);
+#pragma unroll 1
+    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) {
+      const float* const full_output = inputs().full_output(measured_token_, g, measured_);
+      if constexpr (plain)
+        compare_plain(p_.fixed, g, measured_, measured_token_,
+                      attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row),
+                      full_output);
+      else
+        measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim, full_output,
+                     static_cast<double>(p_.row.log_sum[g]));
+    }
   }
-  /// A plain row's outputs, from the parts that it left: before another leaves its own. Needs a barrier before.
-  __device__ void make_outputs() {
-    if constexpr (plain)
-      each_measured_head(
-          [&](int g) { attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row); });
-  }
-  /// Compares outputs, which are the warp's own or had a barrier since.
-  __device__ void measure_outputs() {
-    each_measured_head([&](int g) {
-      measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim,
-                   inputs().full_output(measured_token_, g, measured_), static_cast<double>(log_sum_of(g)));
-    });
-  }
-  __device__ float log_sum_of(int g) const {
-    return plain ? TokenAttention::log_sum_of(p_.row.whole[g]) : p_.row.log_sum[g];
-  }
-  /// Both. Needs a barrier before.
-  __device__ void measure_step() {
-    make_outputs();
-    measure_outputs();
+  /// A plain row's output of head g, four channels a lane.
+  static __device__ __noinline__ void compare_plain(Fixed& f, int g, int m, int token, float4 output,
+                                                    const float* full_output) {
+    const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
+    OutputSums sums;
+    if (c < dv) {
+      const float4 full = *reinterpret_cast<const float4*>(full_output + c);
+      sums.add(output.x, full.x), sums.add(output.y, full.y), sums.add(output.z, full.z), sums.add(output.w, full.w);
+      if (f.unit.delta)
+        *reinterpret_cast<float4*>(f.unit.delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) = {
+            output.x - full.x, output.y - full.y, output.z - full.z, output.w - full.w};
+    }
+    keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
+              static_cast<long>(g) * f.settings.measured_count + m, sums,
+              static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
   }
 
-  /// measure_step() now, before something else attends. Gives a barrier when it has to.
+  /// measure_row() now, before something else attends. Gives a barrier when it has to.
   __device__ void settle_measure() {
     if (measured_ < 0) return;
     __syncthreads();
-    measure_step();
+    measure_row();
     measured_ = -1;
     __syncthreads();
   }
@@ -231,12 +244,20 @@ class StepRow : protected Stages<P, (width > 0)> {
     row_of_ = newest_key < p_.now ? -1 : token;
     own_look_ = false;
   }
-  /// on_attention of the step's row, for a thread's own slots.
+  /// on_attention of the step's row, for a thread's own slots. Not inlined: most steps observe while they score.
   __device__ void observe() const {
-    if (p_.trace.group > stream_heads) return p_.observe_row();
-    const SlotLoop<P> slots(p_.fixed, p_.now);
-    const P policy = p_.policy;
-    slots.observe(policy, p_.size, [](int, int) {});
+    if constexpr (detail::declares_on_attention<P>) observe_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block);
+  }
+  static __device__ __noinline__ void observe_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                    int block) {
+    if (fixed.trace.group > stream_heads) {
+      Player<P, plain> player(fixed, policy);
+      player.size = size, player.now = now, player.phase = phase, player.block = block;
+      return player.observe_row();
+    }
+    const SlotLoop<P> slots(fixed, now);
+    const P mine = policy;
+    slots.template observe<stream_heads>(mine, size, [](int, int) {});
   }
 
   __device__ void start_clock() {

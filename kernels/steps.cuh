@@ -26,8 +26,9 @@ class Steps : StepRow<P, width> {
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
     await_copies<0>();
+    if (this->streamed() && Row::streams_now()) drain_ring(this->stream_width(), p_.row.stream, p_.ring);
     __syncthreads();
-    measure_step();
+    measure_row();
     know_places();
     if (p_.is_clerk()) p_.progress.attended = p_.size;
   }
@@ -48,9 +49,8 @@ class Steps : StepRow<P, width> {
   using Row::links;
   using Row::look_around;
   using Row::look_probes_;
-  using Row::make_outputs;
   using Row::mass;
-  using Row::measure_step;
+  using Row::measure_row;
   using Row::measured_;
   using Row::measured_token_;
   using Row::observe;
@@ -87,9 +87,9 @@ class Steps : StepRow<P, width> {
     stop_clock(TimedPhase::append);
     if (attends) {
       pass(token, !prepares);
-    } else if (!streams_now()) {
-      make_outputs();
-      serve(token);
+    } else {
+      Steps copy = *this;
+      pass_by(copy, token);
     }
     stop_clock(TimedPhase::attend);
     measured_ = args_.timed ? -1 : m, measured_token_ = token;
@@ -98,11 +98,12 @@ class Steps : StepRow<P, width> {
       measure_mass_too(copy, token, m, observes);
       follow(copy);
     }
-    if (due && compresses) return compress_step(token, observes);
-    if (observes) observe();
-    __syncthreads();
-    if (p_.streams_slot(p_.size - 1)) p_.patch(p_.size - 1, inputs().key(token), inputs().value(token));
-    stop_clock(TimedPhase::observe);
+    if (due && compresses) {
+      compress_step(token, observes);
+    } else {
+      Steps copy = *this;
+      grow(copy, token, observes);
+    }
   }
 
   // What is seldom needed works on a copy, so that what the steps hold can stay in registers.
@@ -110,6 +111,25 @@ class Steps : StepRow<P, width> {
   __device__ void follow(const Steps& copy) {
     Row::follow(copy);
     buffer_ = copy.buffer_, turn_ = copy.turn_, meetings_ = copy.meetings_, placeless_ = copy.placeless_;
+  }
+
+  /// A step in which nobody attends.
+  static __device__ __noinline__ void pass_by(Steps& s, int token) {
+    if (!Row::streams_now()) {
+      if constexpr (width > 0) s.measure_row();
+      s.serve(token);
+    } else if (copies_boxes) {
+      written_to_device();  // rows that changed, before another takes their place in `changed`
+    }
+  }
+
+  /// The end of a step that does not compress.
+  static __device__ __noinline__ void grow(Steps& s, int token, bool observes) {
+    const int newest = s.p_.size - 1;
+    if (observes) s.observe();
+    __syncthreads();
+    if (s.p_.streams_slot(newest)) s.p_.patch(newest, s.inputs().key(token), s.inputs().value(token));
+    s.stop_clock(TimedPhase::observe);
   }
 
   static __device__ __noinline__ void measure_mass_too(Steps& s, int token, int m, bool observes) {
@@ -162,6 +182,7 @@ class Steps : StepRow<P, width> {
       s.row_of_ = -1, p.probe_known = false;  // slots have moved
     }
     if (p.is_clerk()) ++p.progress.compressions;
+    if constexpr (copies_boxes) written_to_device();
     __syncthreads();
   }
 
@@ -192,6 +213,7 @@ class Steps : StepRow<P, width> {
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
     p_.let_go(victim, gap, key, value);
     if (p_.is_clerk()) ++p_.progress.compressions;
+    if (copies_boxes && merges()) written_to_device();
     if (newest_folded || gap >= 0)
       __syncthreads();  // the clerk's next row and place go where the newest ones were read
   }
@@ -226,7 +248,7 @@ class Steps : StepRow<P, width> {
     auto head = p_.head();
     const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
-    const bool at_once = observes && slots.info.group <= stream_heads;  // observed in the pass that scores
+    const bool at_once = observes && slots.info.group <= loop_heads;  // observed in the pass that scores
     unsigned long long mine = ~0ull;
     int slot = -1;
     const auto rank = [&](int s, float score, int slot_token) {
@@ -250,7 +272,7 @@ class Steps : StepRow<P, width> {
     }
     if constexpr (detail::declares_on_compress<P>) Played::score(p_, 1);
     if (window) {
-      if (slots.info.group <= stream_heads)
+      if (slots.info.group <= loop_heads)
         slots.weigh_in_place(p_.size);
       else
         p_.weigh_row_in_place();

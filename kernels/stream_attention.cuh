@@ -1,8 +1,9 @@
 // One query row per head of a group against a long cache, at the read bandwidth of the card: what a decode step is made
-// of. Keys and values are read once, by asynchronous copies of 512 neighbouring bytes a warp (in any other order of lanes
-// such a copy moves every sector twice), into a ring that is the warp's own: there is no barrier between memory and tensor
-// cores, and rows are swizzled so that there is no bank conflict either. The ring goes on over rows: what a warp will need
-// first for the next row is under way while hooks run, and a slot that changes meanwhile is patched in the ring.
+// of. Keys and values are read once, into a ring that is the warp's own: by copies of whole tiles on Hopper and later, else by
+// 512 neighbouring bytes a warp (in any other order of lanes such a copy moves every sector twice). There is no barrier
+// between memory and tensor cores, and rows are swizzled so that there is no bank conflict either. The ring goes on over
+// rows: what a warp will need first for the next row is under way while hooks run, and a slot that changes meanwhile is
+// patched in the ring. Behind the last slot a tile holds what was there before: numbers, which count nothing.
 //
 // Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot product
 // is free: each lane takes 8 neighbouring channels of a row as one load. A policy's probe vector goes along as three more
@@ -23,71 +24,71 @@ class Stream {
  public:
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
   static constexpr unsigned row_bytes = width * 2, row_chunks = width / 8, tile_bytes = stream_tile * row_bytes;
-  static constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
-  static constexpr unsigned value_step = 512 + 16;  // between the copies of a tile of values: a group of banks further
-  static constexpr unsigned stage_bytes = tile_bytes + copies * value_step;
+  static constexpr unsigned box_bytes = stream_tile * 128;  // 64 channels of a tile
+  static constexpr unsigned stage_bytes = 2 * tile_bytes;
   static constexpr float headroom = 8;  // probabilities may grow to 2^8 before sums are scaled anew
   static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
-  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same.
-  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory, int kept_tiles)
+  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` as well.
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory, const StreamSource& from,
+                                    int kept_tiles)
       : look_(look),
         now_(now),
         memory_(memory),
-        tiles_(tiles_of(now.slots + stream_tile - 1)),
-        whole_(look.key_dim == width && look.value_dim == width),
+        from_(from),
+        unit_(same_in_all(from.unit)),
+        warp_(own_warp()),
+        tiles_(same_in_all(tiles_of(now.slots + stream_tile - 1))),
+        changed_(same_in_all(now.changed < 0 ? -1 : tiles_of(now.changed))),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
         scale_(look.scale),
         logits_(look.logits && row() < look.group
-                    ? look.logits + static_cast<long>(row()) * look.logit_stride + 2 * column()
+                    ? look.logits + static_cast<long>(row()) * look.logit_stride + column()
                     : nullptr),
-        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp() * stream_ring_bytes)),
+        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_ * stream_ring_bytes)),
+        landed_(landed_of(memory, warp_)),
         query_(
             keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
-        key_at_(keep(ring_ + static_cast<unsigned>(row()) * row_bytes + static_cast<unsigned>(column() * 16) +
-                     static_cast<unsigned>(row() & 1) * 64)),
-        value_at_(keep(ring_ + tile_bytes + place<false>(lane() / 16 * 8 + lane() % 8, lane() / 8 & 1))),
-        copy_(keep(ring_ + place<true>(lane() / row_chunks, lane() % row_chunks) + (lane() << lane_bit))) {}
+        key_at_(keep(ring_ + place(row_of(row()), static_cast<unsigned>(column())))),
+        value_at_(keep(ring_ + tile_bytes + place(lane() / 16 * 8 + row_of(lane() % 8), lane() / 8 & 1))) {}
 
-  /// The whole row: this warp's tiles, every stream_warps-th. `next`: start the first tiles again at the end, for the next
-  /// row over the same cache. store() and advance() must follow.
-  __device__ __forceinline__ void run(Ring& ring, bool next) {
-    if (!ring.running) {
-      await_copies<0>();
-      __syncwarp();
-      ring.stage = 0;
+  /// Copies this warp's first tiles, unless they are on their way.
+  __device__ __forceinline__ void start(const Ring& ring) const {
+    if (ring.running) return;
+    drain(memory_, ring);
 #pragma unroll
-      for (int i = 0; i < depth; ++i) {
-        fetch<true>(look_.keys, warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
-        fetch<false>(look_.values, warp() + i * stream_warps, static_cast<unsigned>(i) * stage_bytes);
-      }
+    for (int i = 0; i < depth; ++i) {
+      const unsigned stage = (same_in_all(first_turn(ring)) + static_cast<unsigned>(i)) % depth;
+      fetch<true>(warp_ + i * stream_warps, stage), fetch<false>(warp_ + i * stream_warps, stage);
     }
+  }
+
+  /// The whole row: this warp's tiles, every stream_warps-th, after start(). `next`: start the first tiles again at the end, for
+  /// the next row over the same cache. store() and advance() must follow.
+  __device__ __forceinline__ void run(const Ring& ring, bool next) {
+    unsigned turn = same_in_all(first_turn(ring));
     const bool again = next && goes_on(tiles_);
-    auto stage = static_cast<unsigned>(depth > 1 ? ring.stage : 0);
 #pragma unroll 1
-    for (int tile = warp(); tile < tiles_; tile += stream_warps) {
+    for (int tile = warp_; tile < tiles_; tile += stream_warps) {
       int after = tile + depth * stream_warps;
       if (after >= tiles_) after = again ? first_tiles(after) : tiles_;
-      const unsigned at = stage * stage_bytes;
-      await_copies<2 * depth - 1>();
-      __syncwarp();  // every lane's copies are there
+      const unsigned stage = turn % depth, at = stage * stage_bytes;
+      await<true>(landed_, turn);
       float dots[2][2];
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
-      fetch<true>(look_.keys, after, at);
-      await_copies<2 * depth - 1>();
-      const void* const values = load_shared_pointer(shared_address(&look_.values));  // early, as read_values()
-      __syncwarp();
+      fetch<true>(after, stage);
+      await<false>(landed_, turn);
       uint4 rows[4];
       read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[2], low[2];
       soften(tile, dots, high, low);
       add_values(at, rows, high, low);
       __syncwarp();
-      fetch<false>(values, after, at);
-      if constexpr (depth > 1) stage = stage + 1 == depth ? 0 : stage + 1;
+      fetch<false>(after, stage);
+      ++turn;
     }
   }
 
@@ -97,9 +98,9 @@ class Stream {
     sum_ += __shfl_xor_sync(~0u, sum_, 2);
     const int group = look_.group;
     constexpr unsigned pitch = stream_pitch(width) * 4;
-    if (column() == 0 && row() < group) memory_.parts[row() * softmax_parts + warp()] = {most_, sum_};
+    if (column() == 0 && row() < group) memory_.parts[row() * softmax_parts + warp_] = {most_, sum_};
     const unsigned head = 2 * static_cast<unsigned>(column());
-    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp() * group) * pitch + head * pitch +
+    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp_ * group) * pitch + head * pitch +
                         static_cast<unsigned>(row()) * 4;
 #pragma unroll
     for (unsigned side = 0; side < 2; ++side)
@@ -117,8 +118,21 @@ class Stream {
   /// The ring after run(ring, next) over `slots` slots; by all threads.
   __device__ static void advance(Ring& ring, int slots, bool next) {
     const int tiles = (slots + stream_tile - 1) / stream_tile, warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
-    if constexpr (depth > 1) ring.stage = (ring.stage + (tiles - warp + stream_warps - 1) / stream_warps) % depth;
-    ring.running = next && goes_on(tiles), ring.tiles = tiles;
+    ring.turns = first_turn(ring) + static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps);
+    ring.running = ring.filled = next && goes_on(tiles), ring.tiles = tiles;
+  }
+
+  /// Waits for what is under way; by the warps that stream.
+  __device__ static void drain(const StreamMemory& memory, const Ring& ring) {
+    if constexpr (copies_boxes) {
+      if (!ring.filled) return;
+      const unsigned landed = landed_of(memory, own_warp());
+#pragma unroll
+      for (unsigned i = 0; i < depth; ++i) await<true>(landed, ring.turns + i), await<false>(landed, ring.turns + i);
+    } else {
+      await_copies<0>();
+      __syncwarp();
+    }
   }
 
   /// A row's new content where a running ring already holds the slot; by the warp that it belongs to. `key` and `value` are
@@ -127,24 +141,30 @@ class Stream {
                                const void* key, const void* value) {
     const int tile = slot / stream_tile, turn = tile / stream_warps;
     if (!ring.running || turn >= depth || tile >= ring.tiles) return;
-    await_copies<0>();
-    __syncwarp();
-    const unsigned stage = static_cast<unsigned>((ring.stage + turn) % depth), row = slot % stream_tile;
+    drain(memory, ring);
+    const unsigned stage = (ring.turns + static_cast<unsigned>(turn)) % depth, row = slot % stream_tile;
     const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(tile % stream_warps * stream_ring_bytes) +
                           stage * stage_bytes;
     const unsigned chunk = threadIdx.x % 16;
     const bool keys = threadIdx.x % 32 < 16;
     if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
       const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
-      store_shared(base + (keys ? place<true>(row, chunk) : tile_bytes + place<false>(row, chunk)), words);
+      store_shared(base + (keys ? 0 : tile_bytes) + place(row, chunk), words);
     }
+    if constexpr (copies_boxes) written_to_shared();
     __syncwarp();
   }
 
  private:
   /// Whole tiles; one instruction, made again in every loop.
   __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
-  __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
+  /// A number as one that the compiler knows to be the same in all lanes of the warp: what follows from it needs no lanes, and
+  /// a copy of a box is started without a branch.
+  template <class T>
+  __device__ static T same_in_all(T x) {
+    return __shfl_sync(~0u, x, 0);
+  }
+  __device__ static int own_warp() { return same_in_all(static_cast<int>(threadIdx.x / 32)); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
   __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
   __device__ static int column() { return static_cast<int>(lane() % 4); }  // a pair of slots, a pair of heads
@@ -152,54 +172,77 @@ class Stream {
   /// A number that the compiler shall keep rather than compute again from the thread's index, tile after tile.
   __device__ static unsigned keep(unsigned x) { return __shfl_sync(~0u, x, static_cast<int>(lane())); }
 
-  /// Where chunk `chunk` of row `row` of a tile lies. A quarter of a warp reads two rows of four neighbouring chunks of keys,
-  /// or the same chunk of eight rows of values: each must meet all eight groups of banks.
-  template <bool keys>
+  /// Where chunk `chunk` of row `row` of a tile lies: as a copy of a box swizzles 128-byte rows.
   __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
-    if (keys) return row * row_bytes + (chunk ^ (row & 1) << 2) * 16;
-    const unsigned in_copy = row % rows_a_copy;
-    return row / rows_a_copy * value_step + in_copy * row_bytes + (chunk ^ in_copy * (8 / rows_a_copy)) * 16;
+    return chunk / 8 * box_bytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+  }
+  /// The row of a tile's half that is the n-th in products: a quarter of a warp reads two neighbours' four chunks of keys, which
+  /// must meet all eight groups of banks. Elements 2c and 2c + 1 of a product are thus rows c and c + 4.
+  template <class T>
+  __device__ static constexpr unsigned row_of(T n) {
+    return static_cast<unsigned>(n) / 2 | (static_cast<unsigned>(n) & 1) << 2;
   }
 
+  /// The turn of a row's first tile: what is under way without being wanted is taken out before.
+  __device__ static unsigned first_turn(const Ring& ring) {
+    return ring.turns + (!ring.running && ring.filled ? depth : 0);
+  }
   /// The tile of the next row that this warp's tile `beyond`, which is not there, stands for.
   __device__ int first_tiles(int beyond) const {
-    if constexpr (depth == 1) return beyond % stream_warps;
-    return beyond - (tiles_ - warp() + stream_warps - 1) / stream_warps * stream_warps;
+    if constexpr (depth == 1) return warp_;
+    return beyond - (tiles_ - warp_ + stream_warps - 1) / stream_warps * stream_warps;
   }
 
-  /// A tile of `rows` into the stage at `stage_at`, 512 bytes a copy; nothing beyond the last tile. Closes a group of copies
-  /// in any case.
+  /// The warp's barriers: a stage's keys, its values.
+  __device__ static unsigned landed_of(const StreamMemory& memory, int warp) {
+    return shared_address(memory.landed) + static_cast<unsigned>(warp * 2 * most_stream_depth) * 8;
+  }
   template <bool keys>
-  __device__ __forceinline__ void fetch(const void* rows, int tile, unsigned stage_at) const {
-    constexpr unsigned step = keys ? 512 : value_step;
-    unsigned to = copy_ % (1u << lane_bit) + stage_at + (keys ? 0 : tile_bytes);
-    if constexpr (!keys && rows_a_copy != 2)
-      to = ring_ + tile_bytes + stage_at + place<false>(lane() / row_chunks, lane() % row_chunks);
-    if (whole_ && tile < tiles_of(now_.slots)) {  // neighbours in memory from the first row to the last
-      // The tile's middle: all its copies are within reach of one address, which none has to wait for.
-      constexpr long half = tile_bytes / 2;
-      const char* const middle = kept_pointer(static_cast<const char*>(rows) +
-                                              (2 * static_cast<long>(tile) + 1) * half + (copy_ >> lane_bit) * 16);
-      const auto copy = [&](uint64_t wish) __attribute__((always_inline)) {
+  __device__ static unsigned barrier_of(unsigned landed, unsigned stage) {
+    return landed + stage * 16 + (keys ? 0 : 8);
+  }
+  /// Waits until the keys or values of the warp's `turn`-th tile are there, for all lanes.
+  template <bool keys>
+  __device__ __forceinline__ static void await(unsigned landed, unsigned turn) {
+    if constexpr (copies_boxes)
+      barrier_wait(barrier_of<keys>(landed, turn % depth), static_cast<int>(turn / depth & 1));
+    else
+      await_copies<2 * depth - 1>();
+    __syncwarp();
+  }
+
+  /// Starts copying a tile of keys or values to a stage; nothing beyond the last tile.
+  template <bool keys>
+  __device__ __forceinline__ void fetch(int tile, unsigned stage) const {
+    const unsigned to = ring_ + stage * stage_bytes + (keys ? 0 : tile_bytes);
+    if constexpr (copies_boxes) {
+      if (tile >= tiles_) return;
+      if (keys && tile == changed_) written_to_device();
+      const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
+      const TileMap* const map = keys ? from_.keys : from_.values;
+      const unsigned barrier = barrier_of<keys>(landed_, stage);
+      if (is_elected()) {
+        barrier_expect(barrier, tile_bytes);
 #pragma unroll
-        for (int i = 0; i < copies; ++i) copy_16(to + static_cast<unsigned>(i) * step, middle + (i * 512 - half), wish);
-      };
-      if (tile < kept_tiles_) {  // wishes are the same in all threads: others would cost two instructions a copy
-        __syncwarp();            // keeps the compiler from going through both branches
-        copy(stay_long);
-      } else {
-        copy(others_);
+        for (unsigned i = 0; i < tile_bytes / box_bytes; ++i)
+          copy_box(to + i * box_bytes, map, static_cast<int>(i) * 64, tile * stream_tile, unit_, barrier, wish);
       }
-    } else if (tile < tiles_) {
-      const int first = tile * stream_tile + static_cast<int>(lane() / row_chunks);
-      const int dim = keys ? look_.key_dim : look_.value_dim, channel = static_cast<int>(lane() % row_chunks) * 8;
-#pragma unroll 1
-      for (int i = 0; i < copies; ++i) {
-        const int slot = first + i * rows_a_copy;
-        const bool there = slot < now_.slots && channel < dim;
-        const char* from = static_cast<const char*>(rows) + (static_cast<long>(slot) * dim + channel) * 2;
-        copy_16(to + static_cast<unsigned>(i) * step, there ? from : static_cast<const char*>(rows), there);
-      }
+      __syncwarp();
+    } else {
+      fetch_by_lanes(static_cast<const char*>(keys ? look_.keys : look_.values), keys ? look_.key_dim : look_.value_dim,
+                     tile, to);
+    }
+  }
+  /// The same by every lane's copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies in any case.
+  __device__ void fetch_by_lanes(const char* rows, int dim, int tile, unsigned to) const {
+    constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
+    const unsigned first = lane() / row_chunks, chunk = lane() % row_chunks;
+#pragma unroll
+    for (unsigned i = 0; i < copies && tile < tiles_; ++i) {
+      const unsigned row = first + i * rows_a_copy;
+      const int slot = tile * stream_tile + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
+      const bool there = slot < now_.slots && channel < dim;
+      copy_16(to + place(row, chunk), there ? rows + (static_cast<long>(slot) * dim + channel) * 2 : rows, there);
     }
     close_copies();
   }
@@ -220,11 +263,11 @@ class Stream {
       for (int k = 0; k < 2; ++k) {
         const int j = j0 + k;
         query[k] = load_shared(query_ + static_cast<unsigned>(j) * 64);
-        // Chunk column() + 4 j of the key; in odd rows j and j ^ 1 have changed places.
+        // Chunk column() + 4 j of the key.
         const unsigned at =
-            (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * 128;
+            (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * box_bytes;
 #pragma unroll
-        for (int t = 0; t < 2; ++t) key[k][t] = load_shared(at + static_cast<unsigned>(t) * 8 * row_bytes);
+        for (int t = 0; t < 2; ++t) key[k][t] = load_shared(at + static_cast<unsigned>(t) * 8 * 128);
       }
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
 #pragma unroll
@@ -246,7 +289,7 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         dots[t][i] = first[t][i] + second[t][2 + i];
-        const int slot = tile * stream_tile + t * 8 + 2 * column() + i;
+        const int slot = tile * stream_tile + t * 8 + i * 4 + column();
         if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[t][i], look_.group);
         if constexpr (probing == Probing::apart) keep_probe(slot, probe_first[t][i] + probe_second[t][2 + i], 0);
       }
@@ -254,10 +297,7 @@ class Stream {
 
   /// Where this lane's row of the b-th block of 16 channels lies.
   __device__ unsigned value_place(unsigned stage_at, int b) const {
-    if constexpr (rows_a_copy == 2)  // in odd rows b and b ^ 2 have changed places
-      return value_at_ + stage_at + static_cast<unsigned>(b) * 32 - (b & 2 ? (copy_ >> lane_bit) % 2 * 128 : 0);
-    return ring_ + tile_bytes + stage_at +
-           place<false>(lane() / 16 * 8 + lane() % 8, (lane() / 8 & 1) + 2 * static_cast<unsigned>(b));
+    return (value_at_ ^ static_cast<unsigned>(b % 4) * 32) + stage_at + static_cast<unsigned>(b / 4) * box_bytes;
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words.
@@ -267,20 +307,20 @@ class Stream {
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = dots[i / 2][i % 2] * scale_;
       if (logits_) {
-        *reinterpret_cast<float2*>(logits_ + tile * stream_tile) = {x[0], x[1]};
-        *reinterpret_cast<float2*>(logits_ + tile * stream_tile + 8) = {x[2], x[3]};
+        float* const logits = logits_ + tile * stream_tile;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logits[i * 4] = x[i];
       }
       if constexpr (plain && biased) {
-        const float* const bias = look_.bias + tile * stream_tile + 2 * column();
-        const float2 first = *reinterpret_cast<const float2*>(bias),
-                     second = *reinterpret_cast<const float2*>(bias + 8);
-        x[0] += first.x, x[1] += first.y, x[2] += second.x, x[3] += second.y;
+        const float* const bias = look_.bias + tile * stream_tile + column();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] += bias[i * 4];
       }
 #pragma unroll
       for (float& each : x) each *= log2_e;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = bent_logit(tile * stream_tile + i / 2 * 8 + i % 2, dots[i / 2][i % 2]);
+      for (int i = 0; i < 4; ++i) x[i] = bent_logit(tile * stream_tile + i * 4, dots[i / 2][i % 2]);
     }
     const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
     if (__any_sync(~0u, most > most_ + headroom)) rescale(most);
@@ -293,10 +333,10 @@ class Stream {
     for (int t = 0; t < 2; ++t) Words<Element>::split(p[2 * t], p[2 * t + 1], high[t], low[t]);
   }
 
-  /// The logit of a slot, two columns into the row of logits, under whatever bends or hides it, kept; and with its bias in
+  /// The logit of a slot, a column into the row of logits, under whatever bends or hides it, kept; and with its bias in
   /// units of log 2.
   __device__ float bent_logit(int at, float dot) const {
-    const int slot = at + 2 * column();
+    const int slot = at + column();
     const bool there = slot < now_.slots && (plain || !(look_.masked && look_.hidden(slot, now_.query_token)));
     const float logit = !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
     if (logits_ && slot < now_.slots) logits_[at] = logit;
@@ -343,33 +383,33 @@ class Stream {
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
   const RowNow& now_;
   StreamMemory& memory_;
-  const int tiles_;
-  const bool whole_;        // rows fill the width: whole tiles are neighbours in memory
+  const StreamSource& from_;
+  const int unit_, warp_, tiles_;
+  const int changed_;       // a tile that the warp wrote to, or -1
   const int simple_tiles_;  // of logits neither bent, biased nor hidden
   const int kept_tiles_;    // that stay in the second-level cache; -1 = no wishes
   const uint64_t others_;   // the wish for the rest
   const float scale_;
-  float* const logits_;  // of head row(), from slot 2 column(); null beyond the group, or where nobody asks
-  const unsigned ring_, query_;
+  float* const logits_;  // of head row(), from slot column(); null beyond the group, or where nobody asks
+  const unsigned ring_, landed_, query_;
   const unsigned key_at_, value_at_;  // this lane's in the first stage
-  const unsigned copy_;               // where it copies to there, and the lane itself from bit lane_bit on
-  static constexpr unsigned lane_bit = 18;
   float output_[value_blocks][4] = {};
   float most_ = -INFINITY, sum_ = 0;
 };
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
 template <class Element, int width, Probing probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring& ring,
-                                            bool next) {
-  Stream<Element, width, probing> stream(look, now, memory, look.kept_tiles);
+__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
+                                            const Ring& ring, bool next) {
+  Stream<Element, width, probing> stream(look, now, memory, look.from, look.kept_tiles);
+  stream.start(ring);
   stream.run(ring, next);
   stream.store();
 }
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
 template <class Element, int width>
-__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring& ring,
+__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, StreamMemory& memory, const Ring& ring,
                                         bool next) {
   if (look.probe_vector)
     stream_here<Element, width, Probing::apart>(look, now, memory, ring, next);
@@ -379,7 +419,7 @@ __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, 
 
 /// stream_row() of rows stored as `elements`, 16 bits each.
 __device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look, const RowNow& now,
-                                             StreamMemory& memory, Ring& ring, bool next) {
+                                             StreamMemory& memory, const Ring& ring, bool next) {
   const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
   if (half && wide)
     stream_row<__half, 128>(look, now, memory, ring, next);
@@ -389,6 +429,20 @@ __device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look
     stream_row<__nv_bfloat16, 128>(look, now, memory, ring, next);
   else
     stream_row<__nv_bfloat16, 64>(look, now, memory, ring, next);
+}
+
+/// advance() of a ring whose rows are `width` channels wide; and drain().
+__device__ __forceinline__ void advance_ring(int width, Ring& ring, int slots, bool next) {
+  if (width > 64)
+    Stream<__nv_bfloat16, 128, Probing::none>::advance(ring, slots, next);
+  else
+    Stream<__nv_bfloat16, 64, Probing::none>::advance(ring, slots, next);
+}
+__device__ __forceinline__ void drain_ring(int width, const StreamMemory& memory, const Ring& ring) {
+  if (width > 64)
+    Stream<__nv_bfloat16, 128, Probing::none>::drain(memory, ring);
+  else
+    Stream<__nv_bfloat16, 64, Probing::none>::drain(memory, ring);
 }
 
 }  // namespace kv

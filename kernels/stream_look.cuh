@@ -4,12 +4,20 @@
 
 #include "kernels/row_memory.hpp"
 #include "kernels/tensor_words.cuh"
+#include "kernels/tile_map.hpp"
 
 namespace kv {
+
+/// Where a stream's tiles come from: a unit's rows.
+struct StreamSource {
+  const TileMap *keys = nullptr, *values = nullptr;
+  int unit = 0;
+};
 
 /// What a token's queries look at, apart from what moves from token to token.
 struct RowLook {
   const void *keys = nullptr, *values = nullptr;
+  StreamSource from;  // the same rows
   int key_dim = 0, value_dim = 0, group = 1;
   float scale = 1, softcap = 0;
   const float* bias = nullptr;  // [slots] or null
@@ -40,6 +48,7 @@ struct RowNow {
   int slots, query_token;
   const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory at turned_channel(c), else zeros
   const void *newest_key, *newest_value;  // rows of slot `slots`
+  int changed = -1;                       // a slot whose row in memory the warp that streams it has just written, or -1
 };
 
 /// Maximum (in units of log 2) and sum of a part of a head's softmax, or of the whole.
@@ -49,7 +58,8 @@ struct SoftmaxPart {
 
 /// Shared memory of a stream: what is of one size for all shapes lies here.
 struct StreamMemory {
-  uint4* ring;  // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values
+  uint4* ring;  // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values, at a multiple of 1024 bytes
+  uint64_t landed[stream_warps * most_stream_depth * 2];  // barriers of a warp's stages: of keys, of values
   SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
   float* partial;                                   // [stream_warps][group][stream_pitch]
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
@@ -62,7 +72,8 @@ enum class Probing { none, among_queries, apart };
 /// Where a warp's ring stands.
 struct Ring {
   bool running = false;  // the first tiles of the next row are under way
-  int stage = 0;         // of this warp, that the next row begins with
+  bool filled = false;   // so are tiles, which may not be wanted any more
+  unsigned turns = 0;    // tiles that the warp has taken out
   int tiles = 0;         // of the row that started them
 };
 

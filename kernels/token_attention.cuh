@@ -53,6 +53,21 @@ __device__ inline void clear_parts(RowMemory& row, const float* sink, int group)
   }
 }
 
+/// The barriers of a stream's copies, by one thread for all; a barrier must follow, and copies must have ended before the end.
+template <bool begins = true>
+__device__ void begin_landings(StreamMemory& stream) {
+  if constexpr (copies_boxes) {
+    if (threadIdx.x != 0) return;
+    for (uint64_t& barrier : stream.landed)
+      if constexpr (begins)
+        barrier_init(shared_address(&barrier), 1);
+      else
+        barrier_end(shared_address(&barrier));
+    if constexpr (begins) barriers_ready();
+  }
+}
+__device__ inline void end_landings(StreamMemory& stream) { begin_landings<false>(stream); }
+
 namespace detail {
 
 __device__ inline float warp_sum(float x) {
@@ -85,11 +100,12 @@ struct TokenAttention {
   const float* sink;
   bool simple = false;
 
-  /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`;
-  /// gives a barrier. `width`: of streams where rows are known to be of bfloat16 and nobody probes; 0 for any rows.
+  /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`, and
+  /// nothing under way in the ring; gives a barrier. `width`: of streams where rows are known to be of bfloat16 and nobody
+  /// probes; 0 for any rows.
   template <int width>
-  __device__ void streamed(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    Ring ring;
+  __device__ void streamed(const RowLook& look, const RowNow& now, RowMemory& memory, Ring& ring) const {
+    ring.running = false;
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
       if constexpr (width > 0)
@@ -98,6 +114,7 @@ struct TokenAttention {
         stream_apart(elements, look, now, memory.stream, ring, false);
     else
       newest_slot(look, now, memory);
+    advance_ring(stream_width(look.key_dim, look.value_dim), ring, now.slots, false);
     __syncthreads();
     combine(look, now, memory);
     __syncthreads();
@@ -198,35 +215,35 @@ struct TokenAttention {
     return whole.sum > 0 ? (whole.most + log2f(whole.sum)) * ln_2 : -INFINITY;
   }
 
-  /// The output of head g, by one warp, from what the warps left.
-  __device__ void output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
-                            RowMemory& memory) const {
+  /// Four neighbouring channels a lane of head g's output, from what the warps left; by one warp. Zeros beyond the last.
+  __device__ float4 output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
+                              const RowMemory& memory) const {
     const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)),
-              first_lane = g % heads_at_once * softmax_parts;
+              first_lane = g % heads_at_once * softmax_parts, c = 4 * static_cast<int>(threadIdx.x % 32);
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
     float weight[stream_warps + 1];
 #pragma unroll
     for (int p = 0; p <= stream_warps; ++p) weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
-    for (int c = 4 * static_cast<int>(threadIdx.x % 32); c < dv; c += 128) {
-      float o[4] = {};
-      const auto add = [&](float each, const float(&x)[4]) {
+    float o[4] = {};
+    const auto add = [&](float each, const float(&x)[4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
-      };
+      for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
+    };
+    if (c < dv) {
+      float4 part[stream_warps];
 #pragma unroll
-      for (int w = 0; w < stream_warps; ++w) {
-        const float4 part = *reinterpret_cast<const float4*>(memory.stream.partial + (w * look.group + g) * pitch + c);
-        add(weight[w], {part.x, part.y, part.z, part.w});
-      }
+      for (int w = 0; w < stream_warps; ++w)
+        part[w] = *reinterpret_cast<const float4*>(memory.stream.partial + (w * look.group + g) * pitch + c);
       const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
+#pragma unroll
+      for (int w = 0; w < stream_warps; ++w) add(weight[w], {part[w].x, part[w].y, part[w].z, part[w].w});
       add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
                                  widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
                                  widen(elements, static_cast<std::uint16_t>(words.y)),
                                  widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
-      *reinterpret_cast<float4*>(memory.output + g * dv + c) = {o[0], o[1], o[2], o[3]};
     }
-    __syncwarp();
+    return {o[0], o[1], o[2], o[3]};
   }
 
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
@@ -235,8 +252,11 @@ struct TokenAttention {
     const Weights weights = log_sums(look, memory);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
-    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps)
-      output_of(g, weights, look, now.newest_value, memory);
+    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
+      const float4 output = output_of(g, weights, look, now.newest_value, memory);
+      if (4 * lane < look.value_dim)
+        *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
+    }
   }
 
  private:

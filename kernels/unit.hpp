@@ -6,6 +6,7 @@
 #include "core/replay.hpp"
 #include "core/spec.hpp"
 #include "kernels/attention_task.hpp"
+#include "kernels/tile_map.hpp"
 
 namespace kv {
 
@@ -149,8 +150,14 @@ struct PlaySettings {
   int kept_tiles = -1;                     // RowLook::kept_tiles
 };
 
+/// The rows of all units, for streams. `rotated` is used where rows turn to their places.
+struct TileMaps {
+  TileMap keys{}, rotated{}, values{};
+};
+
 /// One launch of a policy's kernel. Numbers are the same for all units.
 struct Launch {
+  TileMaps maps;
   const Unit* units = nullptr;
   Progress* progress = nullptr;
   const LayerData* layers = nullptr;

@@ -3,6 +3,7 @@
 #include <boost/context/fiber.hpp>
 #include <boost/context/pooled_fixedsize_stack.hpp>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
@@ -81,6 +82,13 @@ struct Copy {
   unsigned group;
 };
 
+struct Box {
+  std::uint32_t to;
+  const TileMap* from;
+  int channel, row, unit;
+  std::uint32_t barrier;
+};
+
 struct Fiber : Thread {
   boost::context::fiber own, scheduler;
   std::deque<Copy> copies;
@@ -112,6 +120,7 @@ struct Block {
     int arrived = 0;
     unsigned passed = 0;
   } named[16];
+  std::vector<Box> boxes;  // that have not landed
   int passes = 0;
   std::exception_ptr error;
 
@@ -161,6 +170,7 @@ struct Block {
       }
     }
     if (error) std::rethrow_exception(error);
+    if (!boxes.empty()) throw std::logic_error("emulator: a block ends before its copies");
   }
 
   void resume(Fiber& f) {
@@ -277,22 +287,70 @@ static void pass(Fiber& f) {
   leave(f);
 }
 
-/// The barrier's arrivals for a phase; those that are missing in the present one, and its parity.
+/// The barrier's arrivals for a phase, and above them the bytes that are missing in the present one; the arrivals that are, and
+/// its parity.
 static std::uint32_t* words_of(std::uint32_t barrier) {
   return reinterpret_cast<std::uint32_t*>(at_shared(barrier, 8));
+}
+static void end_phase(std::uint32_t* words) {
+  if (words[1] >> 1 == 0 && words[0] >> 8 == 0) words[1] = words[0] << 1 | (~words[1] & 1);
 }
 void barrier_init(std::uint32_t barrier, int arrivals) {
   std::uint32_t* words = words_of(barrier);
   words[0] = static_cast<std::uint32_t>(arrivals), words[1] = words[0] << 1;
 }
-void barrier_arrive(std::uint32_t barrier) {
+void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes) {
   std::uint32_t* words = words_of(barrier);
   here->block->passes = 0;
-  words[1] -= 2;
-  if (words[1] >> 1 == 0) words[1] = words[0] << 1 | (~words[1] & 1);
+  words[0] += expected_bytes << 8, words[1] -= 2;
+  end_phase(words);
 }
+
+static void land(const Box& box) {
+  const TileMap& map = *box.from;
+  constexpr int rows = 16, channels = 64;
+  if (box.unit < 0 || static_cast<std::size_t>(box.unit) >= map.units)
+    throw std::logic_error("emulator: a box of a unit that is not there");
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < channels; ++c) {
+      std::uint16_t element = 0;
+      if (const int row = box.row + r, channel = box.channel + c; row < map.rows && channel < map.dim)
+        std::memcpy(&element,
+                    map.first + static_cast<std::size_t>(box.unit) * map.unit_bytes +
+                        (static_cast<std::size_t>(row) * static_cast<std::size_t>(map.dim) +
+                         static_cast<std::size_t>(channel)) *
+                            2,
+                    2);
+      const auto at = box.to + static_cast<std::uint32_t>(r * 128 + c * 2);
+      std::memcpy(at_shared(at ^ (at >> 7 & 7) << 4, 2), &element, 2);
+    }
+  std::uint32_t* words = words_of(box.barrier);
+  words[0] -= static_cast<std::uint32_t>(rows * channels * 2) << 8;
+  end_phase(words);
+}
+void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier) {
+  if (to % 1024 != 0 || reinterpret_cast<std::uintptr_t>(from.first) % 16 != 0 || from.dim % 8 != 0)
+    throw std::logic_error("emulator: a box is not aligned");
+  const Box box{to, &from, channel, row, unit, barrier};
+  Block& block = *here->block;
+  if (block.draw() >> 10 & 1)
+    land(box);
+  else
+    block.boxes.push_back(box);
+}
+
 void barrier_wait(std::uint32_t barrier, int parity) {
-  while (static_cast<int>(words_of(barrier)[1] & 1) == parity) pass(self());
+  while (static_cast<int>(words_of(barrier)[1] & 1) == parity) {
+    std::vector<Box>& boxes = here->block->boxes;
+    const auto landing = std::ranges::find(boxes, barrier, &Box::barrier);
+    if (landing == boxes.end()) {
+      pass(self());
+      continue;
+    }
+    const Box box = *landing;
+    boxes.erase(landing);
+    land(box);
+  }
 }
 
 void named_arrive(int id, int threads) {

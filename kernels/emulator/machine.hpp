@@ -60,7 +60,7 @@ bool meet_block(bool bring);
 
 /// Hopper's barriers in shared memory, and those that have a number: `threads` wait or only arrive.
 void barrier_init(std::uint32_t barrier, int arrivals);
-void barrier_arrive(std::uint32_t barrier);
+void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes);
 void barrier_wait(std::uint32_t barrier, int parity);
 void named_wait(int id, int threads);
 void named_arrive(int id, int threads);
@@ -75,6 +75,14 @@ char* at_shared(std::uint32_t address, std::size_t bytes);
 void start_copy(std::uint32_t to, const void* from, std::size_t bytes);
 void close_copies();
 void await_copies(unsigned pending);
+
+/// What kernels/tile_map.hpp has to say, and copy_box from there.
+struct TileMap {
+  const char* first;
+  int dim, rows;
+  std::size_t unit_bytes, units;
+};
+void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier);
 
 /// For loops that wait for another block: throws when that one has failed.
 void wait_a_moment();

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels/emulator/cuda_runtime.h"
+#include "kernels/tile_map.hpp"
 
 namespace {
 
@@ -114,6 +115,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   return cudaMemcpy(to, from, bytes, kind);
 }
 cudaError_t cudaMemset(void* at, int byte, std::size_t bytes) { return std::memset(at, byte, bytes), cudaSuccess; }
+cudaError_t cudaMemset2D(void* memory, std::size_t pitch, int byte, std::size_t width, std::size_t height) {
+  for (std::size_t i = 0; i < height; ++i) std::memset(static_cast<char*>(memory) + i * pitch, byte, width);
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void* at, int byte, std::size_t bytes, cudaStream_t) { return cudaMemset(at, byte, bytes); }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = nullptr, cudaSuccess; }
@@ -130,3 +135,11 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) 
   *ms = std::chrono::duration<float, std::milli>(end->time - begin->time).count();
   return cudaSuccess;
 }
+
+namespace kv {
+
+TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units) {
+  return {{static_cast<const char*>(first), dim, rows, unit_bytes, units}};
+}
+
+}  // namespace kv

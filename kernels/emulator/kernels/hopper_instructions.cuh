@@ -8,10 +8,6 @@
 
 namespace kv::blocks {
 
-inline void barrier_init(uint32_t barrier, int arrivals) { emulator::barrier_init(barrier, arrivals); }
-inline void barriers_ready() {}
-inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier); }
-inline void barrier_wait(uint32_t barrier, int parity) { emulator::barrier_wait(barrier, parity); }
 inline void publish_copies() {
   close_copies();
   await_copies<0>();

@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/tile_map.hpp"
+
 namespace kv {
 
 inline float exp2_fast(float x) {
@@ -85,10 +87,6 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 using emulator::shared_address;
 inline uint4 load_shared(uint32_t address) { return *reinterpret_cast<const uint4*>(emulator::at_shared(address, 16)); }
-inline const char* kept_pointer(const char* p) { return p; }
-inline const void* load_shared_pointer(uint32_t address) {
-  return *reinterpret_cast<const void* const*>(emulator::at_shared(address, 8));
-}
 inline void store_shared(uint32_t address, float x) { *reinterpret_cast<float*>(emulator::at_shared(address, 4)) = x; }
 inline void store_shared(uint32_t address, uint4 x) { *reinterpret_cast<uint4*>(emulator::at_shared(address, 16)) = x; }
 inline void count_one(uint32_t address, bool counts) {
@@ -99,7 +97,6 @@ inline uint4 load_turned(uint32_t address) { return emulator::matrices<true>("lo
 
 constexpr uint64_t stay_as_usual = 0, stay_long = 1, go_first = 2;
 inline void copy_16(uint32_t to, const void* from) { emulator::start_copy(to, from, 16); }
-inline void copy_16(uint32_t to, const void* from, uint64_t) { emulator::start_copy(to, from, 16); }
 inline void copy_16(uint32_t to, const void* from, bool real) { emulator::start_copy(to, real ? from : nullptr, 16); }
 inline void copy_4(uint32_t to, const void* from, bool real) { emulator::start_copy(to, real ? from : nullptr, 4); }
 inline void prefetch_line(const void*) {}
@@ -113,6 +110,19 @@ template <class T>
 T& by_kept_address(T& object) {
   return object;
 }
+constexpr bool copies_boxes = true;
+inline void copy_box(uint32_t to, const TileMap* from, int channel, int row, int unit, uint32_t barrier, uint64_t) {
+  emulator::start_box(to, from->map, channel, row, unit, barrier);
+}
+inline bool is_elected() { return emulator::here->lane == 0; }
+inline void written_to_device() {}
+inline void written_to_shared() {}
+using emulator::barrier_init;
+inline void barrier_end(uint32_t) {}
+inline void barriers_ready() {}
+inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
+inline void barrier_expect(uint32_t barrier, unsigned bytes) { emulator::barrier_arrive(barrier, bytes); }
+using emulator::barrier_wait;
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
