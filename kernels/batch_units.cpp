@@ -232,7 +232,8 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
     Unit& unit = units_[u];
     carve_unit(unit, carver, t, plan_, *program_);
     unit.every_token = every_token_.data();
-    double** metrics[] = {&unit.error2, &unit.output2, &unit.cosine, &unit.lost_mass, &unit.mass_tv, &unit.got2};
+    double** metrics[] = {&unit.compared[0], &unit.compared[1], &unit.compared[3],
+                          &unit.lost_mass,   &unit.mass_tv,     &unit.compared[2]};
     for (std::size_t i = 0; i < 6; ++i) *metrics[i] = measures_.data() + (i * count + u) * group * measured;
     if (plan_.has_wo) unit.delta = delta_.data() + u * group * measured * static_cast<std::size_t>(t.value_dim);
     unit.slots_at = slots_.data() + u * steps;

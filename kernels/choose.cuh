@@ -16,7 +16,7 @@ __device__ inline std::uint8_t safety_of(const Protect& protect, int now, float 
 }
 
 __device__ __noinline__ inline float report_nan(Fixed& fixed, int slot, int token) {
-  Play(fixed).fail(UnitError::nan_score, slot, token);
+  record_error(fixed.progress, UnitError::nan_score, slot, token);
   return 0;
 }
 /// A score that can be compared: NaN is the unit's error, and 0 from then on, so that every selection comes to an end.

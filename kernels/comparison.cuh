@@ -39,20 +39,20 @@ struct OutputSums {
   double error2 = 0, full2 = 0, got2 = 0, dot = 0;
   __device__ void add(float output, float full_output) {
     const double x = output, full = full_output;
-    error2 += (x - full) * (x - full), full2 += full * full, got2 += x * x, dot += x * full;
+    error2 = fma(x - full, x - full, error2), full2 = fma(full, full, full2);
+    got2 = fma(x, x, got2), dot = fma(x, full, dot);
   }
 };
 
-/// Keeps the sums over a warp's lanes, one head's of a measured query. What single queries do not need is left to finish_measures:
-/// cosine holds o . o' and lost_mass the log-sum-exp until then.
+/// Keeps the sums over a warp's lanes, one head's of a measured query. What single queries do not need is left to
+/// finish_measures.
 __device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, int head, int token, long here,
                                           const OutputSums& sums, double lse) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot);
   if (lane % 8 != 0) return;
   if (lane <= 8 && !isfinite(sum)) record_error(progress, UnitError::not_finite, head, token);
-  double* const results = lane == 0 ? unit.error2 : lane == 8 ? unit.output2 : lane == 16 ? unit.got2 : unit.cosine;
-  results[here] = sum;
+  unit.compared[lane / 8][here] = sum;
   if (lane == 0) unit.lost_mass[here] = lse;
 }
 

@@ -154,7 +154,10 @@ __device__ inline bool is_elected() {
   return elected != 0;
 }
 /// What the thread has written by stores, copies of boxes may read or write over once a barrier has been passed.
-__device__ inline void written_to_device() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+__device__ inline void written_to_device(bool anything = true) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p fence.proxy.async.global;}" ::"r"(static_cast<unsigned>(anything))
+               : "memory");
+}
 __device__ inline void written_to_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Barriers in shared memory, whose phases end with so many arrivals and all bytes that were expected.
@@ -168,6 +171,15 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 }
 __device__ inline void barrier_expect(uint32_t barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ inline bool barrier_passed(uint32_t barrier, int parity) {
+  unsigned passed;
+  asm volatile(
+      "{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed != 0;
 }
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(

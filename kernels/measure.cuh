@@ -21,8 +21,9 @@ __device__ inline void finish_measures(const Play& play) {
   const Unit& unit = play.unit;
   const int count = play.settings.measured_count;
   play.team.for_each(play.trace.group * count, [&](int i) {
-    const double full2 = unit.output2[i], got2 = unit.got2[i];
-    unit.cosine[i] = got2 > 0 && full2 > 0 ? 1 - unit.cosine[i] / sqrt(got2 * full2) : static_cast<double>(NAN);
+    const double full2 = unit.compared[1][i], got2 = unit.compared[2][i];
+    double& cosine = unit.compared[3][i];
+    cosine = got2 > 0 && full2 > 0 ? 1 - cosine / sqrt(got2 * full2) : static_cast<double>(NAN);
     // What remains visible of an unmerged cache are the same exponentials: their sum says what is missing.
     const long in_full = (static_cast<long>(unit.info.kv_head) * count + i % count) * play.trace.group + i / count;
     const double missing = 1 - exp(unit.lost_mass[i] - static_cast<double>(play.layer.full_lse[in_full]));

@@ -45,6 +45,8 @@ struct Play {
   Progress& progress;
   BlockTeam team;
 
+  const int warp = warp_of_team();
+
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
@@ -70,8 +72,8 @@ struct Play {
   }
 
   /// The first warp that does not stream keeps the books of a step: tokens, state, what became of them.
-  static __device__ bool is_clerk_warp() { return threadIdx.x / 32 == stream_warps; }
-  static __device__ bool is_clerk() { return threadIdx.x == 32 * stream_warps; }
+  __device__ bool is_clerk_warp() const { return warp == stream_warps; }
+  __device__ bool is_clerk() const { return is_clerk_warp() && threadIdx.x % 32 == 0; }
 
   __device__ int compressions() const { return progress.compressions; }
   __device__ bool absolute() const { return settings.positions == Positions::absolute; }
@@ -250,9 +252,7 @@ struct Play {
       Stream<__nv_bfloat16, 64, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
   }
   /// Whether this warp streams a slot.
-  __device__ static bool streams_slot(int slot) {
-    return static_cast<int>(threadIdx.x / 32) == slot / stream_tile % stream_warps;
-  }
+  __device__ bool streams_slot(int slot) const { return warp == slot / stream_tile % stream_warps; }
 
   /// The victim goes and the last slot takes its place, whose rows are `key` and `value`: in memory, or a copy of them. State
   /// is the caller's, `gap` as let_go()'s. The warp that streams the slot has its row, others need a barrier.

@@ -19,9 +19,11 @@ __device__ void copy_words(T* to, const T* from) {
 template <class P, class Play>
 __device__ void play_units(const Launch& launch, const P* points, Play play) {
   char* const memory = launch_memory<1024>();  // a ring's addresses turn by bits
-  __shared__ Fixed fixed_memory;
-  Fixed& fixed = by_kept_address(fixed_memory);
-  __shared__ __align__(16) unsigned char policy[sizeof(P)];
+  constexpr std::size_t before_policy = (sizeof(Fixed) + 15) / 16 * 16;
+  __shared__ __align__(16) char block_memory[before_policy + sizeof(P)];
+  char* const shared = &by_kept_address(block_memory[0]);
+  Fixed& fixed = *reinterpret_cast<Fixed*>(shared);
+  unsigned char* const policy = reinterpret_cast<unsigned char*>(shared + before_policy);
   const TraceData& trace = launch.trace;
   const bool streamed = streams(trace.elements, trace.key_dim, trace.value_dim, trace.group);
   // Under a cooperative launch whole layers are resident at a time; otherwise there is a block for every unit.

@@ -120,14 +120,31 @@ struct Player : Play {
   /// unit.bias of slots [0, n); those beyond `size` belong to a probed block and have none. Gives a barrier.
   __device__ const float* biases(int n) {
     if constexpr (detail::declares_log_bias<P>) {
+      fill_biases(0, n, static_cast<int>(threadIdx.x), team_threads);
+      __syncthreads();
+      return unit.bias;
+    }
+    return nullptr;
+  }
+  /// Those of slots [first, last), by the i-th of so many threads: several slots at a time, whose logarithms overlap.
+  __device__ void fill_biases(int first, int last, int i, int threads) {
+    if constexpr (detail::declares_log_bias<P>) {
+      constexpr int ahead = 4;
       const SlotLoop<P> slots(fixed, now);
       const P mine = policy;
       float* const bias = unit.bias;
-      slots.each(n, [&](int s, int token) { bias[s] = s < size ? mine.log_bias(slots.view(s, token)) : 0.f; });
-      __syncthreads();
-      return bias;
+      for (int s = first + i; s < last; s += ahead * threads) {
+        float theirs[ahead];
+#pragma unroll
+        for (int k = 0; k < ahead; ++k) {
+          const int slot = min(s + k * threads, last - 1);
+          theirs[k] = slot < size ? mine.log_bias(slots.view(slot, slots.token[slot])) : 0.f;
+        }
+#pragma unroll
+        for (int k = 0; k < ahead; ++k)
+          if (s + k * threads < last) bias[s + k * threads] = theirs[k];
+      }
     }
-    return nullptr;
   }
 
   /// on_attention of a block, from unit.sums. Gives a barrier.

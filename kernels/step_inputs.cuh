@@ -25,10 +25,11 @@ struct StepInputs {
     return play.row.full + (token % input_buffers * play.trace.group + g) * play.trace.value_dim;
   }
 
-  /// Starts the copies of a token whose measured query is the m-th (-1: none) and whose queries are row `row` of the layer's.
-  __device__ void fetch(int token, int m, int row) const {
+  /// Starts the copies of a token whose measured query is the m-th (-1: none) and whose queries are row `row` of the layer's;
+  /// `warp`: the warp's number among those that do not stream.
+  __device__ void fetch(int token, int m, int row, int warp) const {
     const TraceData& t = play.trace;
-    const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps, lane = static_cast<int>(threadIdx.x % 32);
+    const int lane = static_cast<int>(threadIdx.x % 32), group = t.group;
     const auto copy = [&](void* to, const void* from, int bytes) {  // at most 512: streams are 128 channels wide
       if (lane < bytes / 16)
         copy_16(shared_address(to) + static_cast<unsigned>(lane) * 16, static_cast<const char*>(from) + lane * 16);
@@ -38,7 +39,7 @@ struct StepInputs {
       copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
     const int pitch = query_pitch(width);
 #pragma unroll 1
-    for (int g = warp; g < t.group; g += team_warps - stream_warps) {
+    for (int g = warp; g < group; g += team_warps - stream_warps) {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,
                                    static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);

@@ -30,7 +30,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   using Base::p_;
   using Base::watches;
 
-  __device__ static bool streams_now() { return threadIdx.x / 32 < stream_warps; }
+  __device__ bool streams_now() const { return p_.warp < stream_warps; }
   __device__ bool streamed() const { return plain || p_.fixed.streamed; }
   __device__ bool absolute() const { return plain || p_.absolute(); }
   __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
@@ -65,24 +65,27 @@ class StepRow : protected Stages<P, (width > 0)> {
   __device__ bool probes(bool due) const { return p_.traits().key_probe && due && absolute(); }
 
   /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
-  /// Not inlined, and of few words. Gives a barrier.
+  /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before.
   static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
                                               int block, bool attends, bool due, bool looks) {
     StepRow s(args, fixed, policy);
     auto& p = s.p_;
     p.size = size;
     s.begin_step(token, block);
+    const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
+    const int last = size - 1;
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
       if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
+      if (biases && p.is_clerk()) p.fill_biases(last, size, 0, 1);
+    } else if (biases) {
+      const int others = team_threads - 32, thread = static_cast<int>(threadIdx.x);
+      p.fill_biases(0, last, p.warp < stream_warps ? thread : thread - 32, others);
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);
     if (!attends) return;
-    if (looks)
-      s.look(token, 0x7fffffff, due);
-    else
-      p.biases(size);
+    if (looks) s.look(token, 0x7fffffff, due);
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
     stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
     __syncthreads();
@@ -135,7 +138,7 @@ class StepRow : protected Stages<P, (width > 0)> {
         for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
       }
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
-      attention().newest_slot(p_.fixed.look, now, p_.row);
+      attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
       serve(token);
     }
     p_.stale = p_.changed = -1;
@@ -189,7 +192,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   }
   __device__ void fetch(int token) const {
     const int m = p_.settings.measured_of_token[token], row = p_.layer.row_of_token[token];
-    if (streamed()) inputs().fetch(token, m, row);
+    if (streamed()) inputs().fetch(token, m, row, p_.warp - stream_warps);
     if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
   }
 
@@ -197,9 +200,9 @@ class StepRow : protected Stages<P, (width > 0)> {
   /// warps that do not stream. Plain rows leave parts of them, which may change afterwards.
   __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
-    const int warp = static_cast<int>(threadIdx.x / 32) - stream_warps;
+    const int group = p_.trace.group;
 #pragma unroll 1
-    for (int g = warp; g < p_.trace.group; g += team_warps - stream_warps) {
+    for (int g = p_.warp - stream_warps; g < group; g += team_warps - stream_warps) {
       const float* const full_output = inputs().full_output(measured_token_, g, measured_);
       if constexpr (plain)
         compare_plain(p_.fixed, g, measured_, measured_token_,
@@ -211,8 +214,9 @@ class StepRow : protected Stages<P, (width > 0)> {
     }
   }
   /// A plain row's output of head g, four channels a lane.
-  static __device__ __noinline__ void compare_plain(Fixed& f, int g, int m, int token, float4 output,
+  static __device__ __noinline__ void compare_plain(Fixed& fixed, int g, int m, int token, float4 output,
                                                     const float* full_output) {
+    Fixed& f = by_kept_address(fixed);
     const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
     OutputSums sums;
     if (c < dv) {
@@ -261,10 +265,13 @@ class StepRow : protected Stages<P, (width > 0)> {
   }
 
   __device__ void start_clock() {
-    if (args_.timed && threadIdx.x == 0) p_.fixed.clock = clock64();
+    if (args_.timed) start_clock_apart(p_.fixed);
   }
   __device__ void stop_clock(TimedPhase phase) {
     if (args_.timed) stop_clock_apart(p_.fixed, p_.block * timed_phases + static_cast<int>(phase));
+  }
+  static __device__ __noinline__ void start_clock_apart(Fixed& fixed) {
+    if (threadIdx.x == 0) fixed.clock = clock64();
   }
   static __device__ __noinline__ void stop_clock_apart(Fixed& fixed, int index) {
     __syncthreads();

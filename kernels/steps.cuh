@@ -26,7 +26,7 @@ class Steps : StepRow<P, width> {
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
     await_copies<0>();
-    if (this->streamed() && Row::streams_now()) drain_ring(this->stream_width(), p_.row.stream, p_.ring);
+    if (this->streamed() && streams_now()) drain_ring(this->stream_width(), p_.row.stream, p_.ring);
     __syncthreads();
     measure_row();
     know_places();
@@ -115,7 +115,7 @@ class Steps : StepRow<P, width> {
 
   /// A step in which nobody attends.
   static __device__ __noinline__ void pass_by(Steps& s, int token) {
-    if (!Row::streams_now()) {
+    if (!s.streams_now()) {
       if constexpr (width > 0) s.measure_row();
       s.serve(token);
     } else if (copies_boxes) {
@@ -214,7 +214,7 @@ class Steps : StepRow<P, width> {
     p_.let_go(victim, gap, key, value);
     if (p_.is_clerk()) ++p_.progress.compressions;
     if (copies_boxes && merges()) written_to_device();
-    if (newest_folded || gap >= 0)
+    if (newest_folded || gap >= 0 || detail::declares_log_bias<P>)
       __syncthreads();  // the clerk's next row and place go where the newest ones were read
   }
 

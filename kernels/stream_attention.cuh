@@ -36,10 +36,10 @@ class Stream {
         now_(now),
         memory_(memory),
         from_(from),
-        unit_(same_in_all(from.unit)),
-        warp_(own_warp()),
-        tiles_(same_in_all(tiles_of(now.slots + stream_tile - 1))),
-        changed_(same_in_all(now.changed < 0 ? -1 : tiles_of(now.changed))),
+        unit_(same_in_warp(from.unit)),
+        warp_(warp_of_team()),
+        tiles_(same_in_warp(tiles_of(now.slots + stream_tile - 1))),
+        changed_(same_in_warp(now.changed < 0 ? -1 : tiles_of(now.changed))),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
@@ -48,7 +48,7 @@ class Stream {
                     ? look.logits + static_cast<long>(row()) * look.logit_stride + column()
                     : nullptr),
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_ * stream_ring_bytes)),
-        landed_(landed_of(memory, warp_)),
+        landed_(keep(landed_of(memory, warp_))),
         query_(
             keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
         key_at_(keep(ring_ + place(row_of(row()), static_cast<unsigned>(column())))),
@@ -60,7 +60,7 @@ class Stream {
     drain(memory_, ring);
 #pragma unroll
     for (int i = 0; i < depth; ++i) {
-      const unsigned stage = (same_in_all(first_turn(ring)) + static_cast<unsigned>(i)) % depth;
+      const unsigned stage = (same_in_warp(first_turn(ring)) + static_cast<unsigned>(i)) % depth;
       fetch<true>(warp_ + i * stream_warps, stage), fetch<false>(warp_ + i * stream_warps, stage);
     }
   }
@@ -68,27 +68,30 @@ class Stream {
   /// The whole row: this warp's tiles, every stream_warps-th, after start(). `next`: start the first tiles again at the end, for
   /// the next row over the same cache. store() and advance() must follow.
   __device__ __forceinline__ void run(const Ring& ring, bool next) {
-    unsigned turn = same_in_all(first_turn(ring));
+    unsigned turn = same_in_warp(first_turn(ring));
     const bool again = next && goes_on(tiles_);
+    bool keys_there = has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
 #pragma unroll 1
     for (int tile = warp_; tile < tiles_; tile += stream_warps) {
       int after = tile + depth * stream_warps;
       if (after >= tiles_) after = again ? first_tiles(after) : tiles_;
       const unsigned stage = turn % depth, at = stage * stage_bytes;
-      await<true>(landed_, turn);
+      if (!keys_there) await<true>(landed_, turn);
       float dots[2][2];
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
+      const bool values_there = has_landed<false>(landed_, turn);
       fetch<true>(after, stage);
-      await<false>(landed_, turn);
+      if (!values_there) await<false>(landed_, turn);
       uint4 rows[4];
       read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[2], low[2];
       soften(tile, dots, high, low);
       add_values(at, rows, high, low);
       __syncwarp();
-      fetch<false>(after, stage);
       ++turn;
+      keys_there = has_landed<true>(landed_, turn);
+      fetch<false>(after, stage);
     }
   }
 
@@ -126,7 +129,7 @@ class Stream {
   __device__ static void drain(const StreamMemory& memory, const Ring& ring) {
     if constexpr (copies_boxes) {
       if (!ring.filled) return;
-      const unsigned landed = landed_of(memory, own_warp());
+      const unsigned landed = landed_of(memory, warp_of_team());
 #pragma unroll
       for (unsigned i = 0; i < depth; ++i) await<true>(landed, ring.turns + i), await<false>(landed, ring.turns + i);
     } else {
@@ -158,13 +161,6 @@ class Stream {
  private:
   /// Whole tiles; one instruction, made again in every loop.
   __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
-  /// A number as one that the compiler knows to be the same in all lanes of the warp: what follows from it needs no lanes, and
-  /// a copy of a box is started without a branch.
-  template <class T>
-  __device__ static T same_in_all(T x) {
-    return __shfl_sync(~0u, x, 0);
-  }
-  __device__ static int own_warp() { return same_in_all(static_cast<int>(threadIdx.x / 32)); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
   __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
   __device__ static int column() { return static_cast<int>(lane() % 4); }  // a pair of slots, a pair of heads
@@ -204,11 +200,19 @@ class Stream {
   /// Waits until the keys or values of the warp's `turn`-th tile are there, for all lanes.
   template <bool keys>
   __device__ __forceinline__ static void await(unsigned landed, unsigned turn) {
-    if constexpr (copies_boxes)
+    if constexpr (copies_boxes) {
       barrier_wait(barrier_of<keys>(landed, turn % depth), static_cast<int>(turn / depth & 1));
-    else
+    } else {
       await_copies<2 * depth - 1>();
-    __syncwarp();
+      __syncwarp();
+    }
+  }
+
+  /// Whether they are there already; where that cannot be asked, no.
+  template <bool keys>
+  __device__ __forceinline__ static bool has_landed(unsigned landed, unsigned turn) {
+    if constexpr (!copies_boxes) return false;
+    return barrier_passed(barrier_of<keys>(landed, turn % depth), static_cast<int>(turn / depth & 1));
   }
 
   /// Starts copying a tile of keys or values to a stage; nothing beyond the last tile.
@@ -216,18 +220,16 @@ class Stream {
   __device__ __forceinline__ void fetch(int tile, unsigned stage) const {
     const unsigned to = ring_ + stage * stage_bytes + (keys ? 0 : tile_bytes);
     if constexpr (copies_boxes) {
-      if (tile >= tiles_) return;
-      if (keys && tile == changed_) written_to_device();
-      const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
-      const TileMap* const map = keys ? from_.keys : from_.values;
-      const unsigned barrier = barrier_of<keys>(landed_, stage);
-      if (is_elected()) {
+      if (keys) written_to_device(tile == changed_);
+      if (is_elected() && tile < tiles_) {
+        const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
+        const TileMap* const map = keys ? from_.keys : from_.values;
+        const unsigned barrier = barrier_of<keys>(landed_, stage);
         barrier_expect(barrier, tile_bytes);
 #pragma unroll
         for (unsigned i = 0; i < tile_bytes / box_bytes; ++i)
           copy_box(to + i * box_bytes, map, static_cast<int>(i) * 64, tile * stream_tile, unit_, barrier, wish);
       }
-      __syncwarp();
     } else {
       fetch_by_lanes(static_cast<const char*>(keys ? look_.keys : look_.values), keys ? look_.key_dim : look_.value_dim,
                      tile, to);

@@ -22,6 +22,15 @@ struct TeamMemory {
 
 static_assert(sizeof(TeamMemory) + 1024 <= team_memory_bytes);
 
+/// A number as one that the compiler knows to be the same in all lanes of a warp: branches on it are no divergence, and what
+/// follows from it needs no lanes. Full warps only.
+template <class T>
+__device__ T same_in_warp(T x) {
+  return __shfl_sync(~0u, x, 0);
+}
+/// The thread's warp, as such a number.
+__device__ inline int warp_of_team() { return same_in_warp(static_cast<int>(threadIdx.x / 32)); }
+
 /// A thread block of `team_threads` as a team. An index always meets the same thread, so passes over one's own slots need
 /// no sync(). All members must call together, but for for_each.
 struct BlockTeam {

@@ -113,7 +113,7 @@ struct TokenAttention {
       else
         stream_apart(elements, look, now, memory.stream, ring, false);
     else
-      newest_slot(look, now, memory);
+      newest_slot(look, now, memory, warp_of_team() - stream_warps);
     advance_ring(stream_width(look.key_dim, look.value_dim), ring, now.slots, false);
     __syncthreads();
     combine(look, now, memory);
@@ -157,15 +157,24 @@ struct TokenAttention {
     __syncwarp();
   }
 
-  /// The newest slot's logits and probe, heads dealt over the warps that do not stream.
-  __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    const int first = static_cast<int>(threadIdx.x / 32) - stream_warps;
-    const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim));
-    for (int g = first; g < look.group; g += team_warps - stream_warps) {
-      float dot = 0;
-      for (int c = static_cast<int>(threadIdx.x % 32); c < look.key_dim; c += 32)
-        dot = __fmaf_rn(load_element(now.queries, elements, g * pitch + turned_channel(c)),
-                        load_element(now.newest_key, elements, c), dot);
+  /// The newest slot's logits and probe, heads dealt over the warps that do not stream: `first` is the warp's number among them.
+  __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory, int first) const {
+    const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim)), group = look.group;
+#pragma unroll 1
+    for (int g = first; g < group; g += team_warps - stream_warps) {
+      float dot = 0;  // two neighbouring channels a lane, and 64 further
+      const auto add = [&](std::uint32_t query, std::uint32_t key) {
+        dot = __fmaf_rn(widen(elements, static_cast<std::uint16_t>(query)),
+                        widen(elements, static_cast<std::uint16_t>(key)), dot);
+        dot = __fmaf_rn(widen(elements, static_cast<std::uint16_t>(query >> 16)),
+                        widen(elements, static_cast<std::uint16_t>(key >> 16)), dot);
+      };
+      const auto word = [](const void* row, int channel) {
+        return *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(row) + channel);
+      };
+      const int c = 2 * static_cast<int>(threadIdx.x % 32);
+      if (c < look.key_dim) add(word(now.queries, g * pitch + turned_channel(c)), word(now.newest_key, c));
+      if (c + 64 < look.key_dim) add(word(now.queries, g * pitch + turned_channel(c + 64)), word(now.newest_key, c + 64));
       dot = detail::warp_sum(dot);
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);

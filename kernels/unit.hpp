@@ -105,8 +105,8 @@ struct Unit {
   int* measured_row = nullptr;  // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
   // Results, [group][measured].
-  double *error2 = nullptr, *output2 = nullptr, *cosine = nullptr, *lost_mass = nullptr, *mass_tv = nullptr;
-  double* got2 = nullptr;      // |o'|^2; until `finish`, cosine holds o . o' and lost_mass the log-sum-exp of o'
+  double* compared[4] = {};  // |o' - o|^2, |o|^2, |o'|^2, and o . o', which `finish` makes the cosine distance
+  double *lost_mass = nullptr, *mass_tv = nullptr;  // until `finish`, lost_mass holds the log-sum-exp of o'
   float* delta = nullptr;      // [measured][group][value_dim] o' - o, for W_o; or null
   int* slots_at = nullptr;     // [steps]
   unsigned* clocks = nullptr;  // [steps][timed_phases], or null

@@ -339,8 +339,11 @@ void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int 
     block.boxes.push_back(box);
 }
 
+bool barrier_passed(std::uint32_t barrier, int parity) {
+  return static_cast<int>(words_of(barrier)[1] & 1) != parity;
+}
 void barrier_wait(std::uint32_t barrier, int parity) {
-  while (static_cast<int>(words_of(barrier)[1] & 1) == parity) {
+  while (!barrier_passed(barrier, parity)) {
     std::vector<Box>& boxes = here->block->boxes;
     const auto landing = std::ranges::find(boxes, barrier, &Box::barrier);
     if (landing == boxes.end()) {

@@ -61,6 +61,7 @@ bool meet_block(bool bring);
 /// Hopper's barriers in shared memory, and those that have a number: `threads` wait or only arrive.
 void barrier_init(std::uint32_t barrier, int arrivals);
 void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes);
+bool barrier_passed(std::uint32_t barrier, int parity);
 void barrier_wait(std::uint32_t barrier, int parity);
 void named_wait(int id, int threads);
 void named_arrive(int id, int threads);

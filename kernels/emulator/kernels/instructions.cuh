@@ -115,13 +115,14 @@ inline void copy_box(uint32_t to, const TileMap* from, int channel, int row, int
   emulator::start_box(to, from->map, channel, row, unit, barrier);
 }
 inline bool is_elected() { return emulator::here->lane == 0; }
-inline void written_to_device() {}
+inline void written_to_device(bool = true) {}
 inline void written_to_shared() {}
 using emulator::barrier_init;
 inline void barrier_end(uint32_t) {}
 inline void barriers_ready() {}
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
 inline void barrier_expect(uint32_t barrier, unsigned bytes) { emulator::barrier_arrive(barrier, bytes); }
+using emulator::barrier_passed;
 using emulator::barrier_wait;
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
