@@ -79,7 +79,7 @@ void Batch::look(Launch launch, const std::vector<int>& rows, bool outputs, bool
   launch.outputs = outputs, launch.sums = sums;
   play(launch, phase);
   const AttentionBounds bounds{launch.unit_count, launch.row_count,
-                               slots_bound_ + (launch.probing ? launch.last - launch.first : 0)};
+                               slots_bound_ + (launch.probing ? launch.last - launch.first : 0), outputs, !outputs};
   AttentionShape shape = trace_.shape();
   shape.fast = plan_.settings.precision == Precision::fast && !launch.probing;  // a probe's outputs decide what goes
   if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(phase, stream_));

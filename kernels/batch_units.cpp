@@ -81,7 +81,7 @@ void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan&
   if (plan.needs_full_logits())
     unit.full_logits = carver.take<float>(static_cast<std::size_t>(logit_stride(t.tokens)) * group);
   if (plan.settings.mass) unit.slot_mass = carver.take<long long>(n + 1);
-  if (turns) unit.query_place = carver.take<int>(rows);
+  if (turns) unit.query_place = carver.take<int>(rows), unit.query_turned = carver.take<int2>(rows);
   unit.query_row = carver.take<int>(rows), unit.measured_row = carver.take<int>(plan.settings.measured.size());
   unit.block_lse = carver.take<float>(rows * group);
   unit.block_output = carver.take<float>(static_cast<std::size_t>(plan.output_rows()) * group * dv);

@@ -67,11 +67,11 @@ void block_attention(const AttentionShape& shape, const AttentionTask* tasks, co
                      cudaStream_t stream) {
   if (bounds.tasks == 0 || bounds.rows == 0) return;
   if (!hopper_takes(shape, bounds)) return general_rows(shape, tasks, bounds, stream);
-  if (shape.fast)
+  if (bounds.with_output && shape.fast)
     hopper_rows<true, true>(shape, tasks, bounds, stream);
-  else
+  else if (bounds.with_output)
     hopper_rows<true, false>(shape, tasks, bounds, stream);
-  hopper_rows<false, false>(shape, tasks, bounds, stream);
+  if (bounds.without_output) hopper_rows<false, false>(shape, tasks, bounds, stream);
 }
 
 void column_masses(const AttentionShape& shape, const AttentionTask* tasks, const AttentionBounds& bounds,

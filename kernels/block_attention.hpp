@@ -8,9 +8,11 @@
 
 namespace kv {
 
-/// Upper bounds over the tasks of a launch, which live in device memory: they size the grid.
+/// What is known of the tasks of a launch, which live in device memory: upper bounds that size the grid, and whether there are
+/// such with an output and such without.
 struct AttentionBounds {
   int tasks = 0, rows = 0, slots = 0;
+  bool with_output = true, without_output = true;
 };
 
 /// Fills every task's `lse` (natural log of the softmax denominator, bias and sinks included), and `output` where it is

@@ -119,6 +119,16 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, const Session& session, int i
     data_.q_rotated = rotate(data_.q, keep(token_of_row), t.kv_heads * t.group, data_.query_rows);
     data_.k_rotated = rotate(data_.k, keep(every_token), t.kv_heads, t.tokens);
   }
+  if (streams(t.elements, t.key_dim, t.value_dim, t.group)) {
+    const auto map_of = [&](const void* rows, int dim) {
+      return make_tile_map(rows, dim, t.tokens, static_cast<std::size_t>(t.tokens) * static_cast<std::size_t>(dim) * 2,
+                           static_cast<std::size_t>(t.kv_heads));
+    };
+    TileMaps maps;
+    maps.keys = map_of(data_.k_rotated, t.key_dim), maps.values = map_of(data_.v, t.value_dim);
+    maps_ = Buffer<TileMaps>({maps});
+    data_.maps = maps_.data();
+  }
   upload.wait();
 }
 

@@ -75,6 +75,7 @@ class DeviceLayer {
     Buffer<float> output, lse;
   };
   std::vector<Buffer<char>> kept_;
+  Buffer<TileMaps> maps_;
   const float* wo_ = nullptr;
   std::map<std::vector<int>, FullAttention> full_;
   std::map<std::vector<int>, std::vector<float>> outputs_;  // recorded: [kv_heads][rows][group][value_dim]

@@ -78,9 +78,12 @@ __device__ int lanes_of_target(const Player& player) {
 
 /// Writes a target's key and value, adjusted sums given, `step` channels at a time by each of `lanes` neighbouring threads:
 /// row = (own * row + sum of weight * victim) / divisor. Rows are read together, before it is known whether they move.
-template <int step, class Player, class Head, class Plan>
+/// `bfloat16`: they are known to be of it, stored and rounded.
+template <int step, bool bfloat16 = false, class Player, class Head, class Plan>
 __device__ void write_rows(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
                            int lanes) {
+  const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements(),
+              dtype = bfloat16 ? Dtype::bfloat16 : player.dtype();
   const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
   const int lane = static_cast<int>(threadIdx.x) % lanes, dk = trace.key_dim, dv = trace.value_dim;
@@ -97,21 +100,21 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
       if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
         player.fail(UnitError::bad_divisor, target);
       else
-        row[k] = round_as(player.dtype(), (own_of(k) * row[k] + added[k]) / divisor);
+        row[k] = round_as(dtype, (own_of(k) * row[k] + added[k]) / divisor);
     }
-    store_channels(rows, player.elements(), at, row);
+    store_channels(rows, elements, at, row);
   };
   // Without weight from any victim a row is what it was, unless on_target scales it.
   bool key_moves = by_channel, value_moves = false, leaves = false;
   for (int c = step * lane; c < max(dk, dv); c += step * lanes) {
     const bool in_key = c < dk, in_value = c < dv;
     struct Rows {
-      decltype(read_channels<step>(nullptr, player.elements(), 0)) key, value;
+      decltype(read_channels<step>(nullptr, elements, 0)) key, value;
     };
     const auto read = [&](int slot) {  // what is beyond a row's end, from its beginning
       return Rows{
-          read_channels<step>(unit.keys, player.elements(), static_cast<long>(slot) * dk + (in_key ? c : 0)),
-          read_channels<step>(unit.values, player.elements(), static_cast<long>(slot) * dv + (in_value ? c : 0))};
+          read_channels<step>(unit.keys, elements, static_cast<long>(slot) * dk + (in_key ? c : 0)),
+          read_channels<step>(unit.values, elements, static_cast<long>(slot) * dv + (in_value ? c : 0))};
     };
     int victim;
     plan_of(0, victim);
@@ -125,7 +128,7 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
       const Rows mine = next;
       const Fold& plan = plan_of(i, victim);
       if (int after; i + 1 < n) plan_of(i + 1, after), next = read(after);
-      widen_channels(player.elements(), mine.key, x), widen_channels(player.elements(), mine.value, y);
+      widen_channels(elements, mine.key, x), widen_channels(elements, mine.value, y);
       key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
       leaves = leaves || outside(plan.key / sum.key_divisor);
 #pragma unroll
@@ -136,7 +139,7 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
         weights[k] += weight;
       }
     }
-    widen_channels(player.elements(), own.key, key), widen_channels(player.elements(), own.value, value);
+    widen_channels(elements, own.key, key), widen_channels(elements, own.value, value);
     if (in_key && key_moves)
       store(
           unit.keys, static_cast<long>(target) * dk + c, key, keys,
@@ -159,7 +162,11 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
                              int lanes) {
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
   if constexpr (!by_channel)
-    if (folds_in_eights<by_channel>(player)) return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
+    if (folds_in_eights<by_channel>(player)) {
+      if (player.elements() == Dtype::bfloat16 && player.dtype() == Dtype::bfloat16)
+        return write_rows<8, true>(player, head, target, n, sum, plan_of, lanes);
+      return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
+    }
   write_rows<1>(player, head, target, n, sum, plan_of, lanes);
 }
 

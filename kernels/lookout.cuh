@@ -16,6 +16,7 @@ __device__ __noinline__ inline void attend_in_full(Play& play, int token) {
     look = RowLook{};
     look.keys = play.at(play.layer.k_rotated, head, trace.key_dim);
     look.values = play.at(play.layer.v, head, trace.value_dim);
+    if (play.fixed.streamed) look.from = {&play.layer.maps->keys, &play.layer.maps->values, unit.info.kv_head};
     look.key_dim = trace.key_dim, look.value_dim = trace.value_dim, look.group = trace.group;
     look.scale = trace.scale, look.softcap = trace.softcap;
     look.token = unit.every_token;

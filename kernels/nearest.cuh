@@ -78,7 +78,8 @@ __device__ __noinline__ void find_nearest(Player& player, Head& head) {
   }
 }
 
-/// The same of one victim, while all others stay. Needs and gives a barrier.
+/// The same of one victim, while all others stay: what the books say of the victim itself is not looked at. Needs a barrier
+/// before; the clerk, who keeps the result, needs none after.
 template <class Player, class Head>
 __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int victim) {
   using P = typename Player::PolicyType;
@@ -86,7 +87,6 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
   const bool cosine = player.traits().nearest == Nearest::cosine;
   unsigned long long nearest = ~0ull;
   int at = -1;
-  float best = 0;
   const auto norm = [&](int slot, auto dot) {
     const float length = cosine ? std::sqrt(dot(head.key(slot), head.key(slot))) : 1.f;
     return length > 0 ? length : 1.f;
@@ -95,7 +95,7 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
     const float similarity = dot(head.key(victim), head.key(slot)) / (own_norm * norm(slot, dot));
     const unsigned long long key =
         static_cast<unsigned long long>(~Cut::key_of(similarity)) << 32 | static_cast<unsigned>(unit.token[slot]);
-    if (keeps && key < nearest) nearest = key, at = slot, best = similarity;
+    if (keeps && key < nearest) nearest = key, at = slot;
   };
   if constexpr (detail::declares_receives<P>) {  // few do: a warp a slot
     const auto dot = [](DeviceRow a, DeviceRow b) { return WarpRows{}.dot(a, b); };
@@ -103,7 +103,8 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
     const int lane = static_cast<int>(threadIdx.x % 32), n = player.size;
     for (int first = static_cast<int>(threadIdx.x) - lane; first < n; first += team_threads) {
       const int mine = first + lane;
-      const bool receives = mine < n && unit.stays[mine] && player.policy.receives(player.view(mine));
+      const bool receives =
+          mine < n && mine != victim && unit.stays[mine] && player.policy.receives(player.view(mine));
       for (unsigned left = __ballot_sync(~0u, receives); left != 0; left &= left - 1)
         compare(first + __ffs(static_cast<int>(left)) - 1, own_norm, dot, lane == 0);
     }
@@ -111,14 +112,14 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
     const auto dot = [](DeviceRow a, DeviceRow b) { return detail::row_dot(a, b); };
     const float own_norm = norm(victim, dot);
     player.team.for_each(player.size, [&](int slot) {
-      if (unit.stays[slot]) compare(slot, own_norm, dot, true);
+      if (slot != victim && unit.stays[slot]) compare(slot, own_norm, dot, true);
     });
   }
-  if (threadIdx.x == 0) unit.similarity[victim] = 0;
-  const unsigned long long least = player.team.min_key(nearest);
-  if (at >= 0 && nearest == least)
-    unit.target[victim] = at, unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
-  __syncthreads();
+  const TeamMemory::Least least = player.team.least(nearest, at, 2);
+  if (!player.is_clerk()) return;
+  const float best = least.slot >= 0 ? Cut::value_of(~static_cast<unsigned>(least.key >> 32)) : 0.f;
+  if (least.slot >= 0) unit.target[victim] = least.slot;
+  unit.similarity[victim] = cosine ? fminf(fmaxf(best, -1.f), 1.f) : best;
 }
 
 }  // namespace kv

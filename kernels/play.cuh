@@ -186,6 +186,7 @@ struct Play {
   static __device__ __noinline__ void turn(Play play, int token) {
     play.rotate_keys(play.size);
     play.rotate_queries(&token, 1, play.size);
+    if (threadIdx.x == 0) play.progress.turned_rows = 0;
     if constexpr (copies_boxes) written_to_device();
     __syncthreads();
   }

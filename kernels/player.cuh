@@ -129,7 +129,7 @@ struct Player : Play {
   /// Those of slots [first, last), by the i-th of so many threads: several slots at a time, whose logarithms overlap.
   __device__ void fill_biases(int first, int last, int i, int threads) {
     if constexpr (detail::declares_log_bias<P>) {
-      constexpr int ahead = 4;
+      constexpr int ahead = 2;
       const SlotLoop<P> slots(fixed, now);
       const P mine = policy;
       float* const bias = unit.bias;
@@ -233,14 +233,21 @@ struct Player : Play {
       return 0;
   }
 
-  /// Fills unit.score. Gives a barrier.
-  static __device__ __noinline__ void score(Player player, int window_rows) {
+  /// Makes sure that a slot whose score is forgotten is found out.
+  static __device__ void forget_scores(const Fixed& f, int size) {
+    float* const score = f.unit.score;
+    BlockTeam{nullptr}.for_each(size, [&](int s) { score[s] = NAN; });
+  }
+  /// Fills unit.score. Gives a barrier. `forgotten`: forget_scores() is done, and a barrier passed.
+  static __device__ __noinline__ void score(Player player, int window_rows, bool forgotten = false) {
     player.know_probe();
     Head h = player.head(window_rows);
     float* const score = player.unit.score;
     if constexpr (detail::declares_on_compress<P>) {
-      player.team.for_each(player.size, [&](int s) { score[s] = NAN; });  // a forgotten slot is found out
-      __syncthreads();
+      if (!forgotten) {
+        forget_scores(player.fixed, player.size);
+        __syncthreads();
+      }
       const P policy = player.policy;
       policy.on_compress(player.team, h);
     } else {

@@ -94,12 +94,20 @@ class Stages {
     args_.tasks[blockIdx.x] = task;
   }
 
-  /// Places of the first n slots' keys, in unit.work[3], and of the queries. Needs and gives a barrier.
+  /// Places of the first n slots' keys, in unit.work[3], and of the queries, which may stand there since a probe. Needs and gives
+  /// a barrier.
   static __device__ __noinline__ void find_turns(Play play, const int* tokens, int count, int n) {
     const Unit& unit = play.unit;
+    const bool same_rows = play.progress.turned_rows == count;
     play.find_places(n, unit.work[3]);
-    play.team.for_each(count, [&](int r) { unit.query_place[r] = unit.work[3][play.slot_of_query(tokens[r], n)]; });
+    play.team.for_each(count, [&](int r) {
+      const int token = tokens[r], place = unit.work[3][play.slot_of_query(token, n)];
+      int2& turned = unit.query_turned[r];
+      unit.query_place[r] = same_rows && turned.x == token && turned.y == place ? -1 : place;
+      turned = {token, place};
+    });
     __syncthreads();
+    if (threadIdx.x == 0) play.progress.turned_rows = count;
   }
 
   /// on_probe, of units whose compression the probe is for; every block's, if the policy asks for that.

@@ -65,12 +65,14 @@ class StepRow : protected Stages<P, (width > 0)> {
   __device__ bool probes(bool due) const { return p_.traits().key_probe && due && absolute(); }
 
   /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
-  /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before.
+  /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before. `ring`: the step's, which rows beside
+  /// its own may take; null where rows are plain and there are none.
   static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
-                                              int block, bool attends, bool due, bool looks) {
+                                              int block, bool attends, bool due, bool looks, Ring* ring) {
     StepRow s(args, fixed, policy);
     auto& p = s.p_;
     p.size = size;
+    if constexpr (!plain) p.ring = *ring;
     s.begin_step(token, block);
     const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
     const int last = size - 1;
@@ -84,6 +86,7 @@ class StepRow : protected Stages<P, (width > 0)> {
     }
     __syncthreads();
     if (s.watches()) s.add_statistics(token, token + 1);
+    if constexpr (!plain) *ring = p.ring;
     if (!attends) return;
     if (looks) s.look(token, 0x7fffffff, due);
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
@@ -261,7 +264,11 @@ class StepRow : protected Stages<P, (width > 0)> {
     }
     const SlotLoop<P> slots(fixed, now);
     const P mine = policy;
-    slots.template observe<stream_heads>(mine, size, [](int, int) {});
+    const auto nothing_else = [](int, int) {};
+    if (slots.info.group <= loop_heads)
+      slots.observe(mine, size, nothing_else);
+    else
+      slots.template observe<stream_heads>(mine, size, nothing_else);
   }
 
   __device__ void start_clock() {

@@ -79,7 +79,9 @@ class Steps : StepRow<P, width> {
     if (prepares) {
       if (future_mass()) settle_measure();
       const bool looks = !own_look_ || !absolute() || future_mass() || probes(due) != look_probes_;
-      prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks);
+      Ring ring = p_.ring;
+      prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks, width > 0 ? nullptr : &ring);
+      if constexpr (width == 0) p_.ring = ring;
       own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
       look_probes_ = attends ? probes(due) : look_probes_;
       bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
@@ -199,10 +201,8 @@ class Steps : StepRow<P, width> {
     bool newest_folded = false;
     if (merges()) {
       if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
-      if (p_.traits().nearest != Nearest::none) {
-        __syncthreads();
+      if (p_.traits().nearest != Nearest::none)
         Played::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
-      }
       const int target = p_.fold_apart(victim);
       newest_folded = target == last || target == many_targets;
     } else {
@@ -265,12 +265,13 @@ class Steps : StepRow<P, width> {
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
-    if (observes && (window || detail::declares_score_in<P> || detail::declares_on_compress<P> || !at_once)) {
-      observe();
-      __syncthreads();
-      observes = false;
-    }
-    if constexpr (detail::declares_on_compress<P>) Played::score(p_, 1);
+    if (detail::declares_on_compress<P>) Played::forget_scores(p_.fixed, p_.size);
+    constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
+    const bool before = observes && (window || compares || !at_once);
+    if (before) observe();
+    if (detail::declares_on_compress<P> || (before && (window || compares))) __syncthreads();
+    observes = observes && !before;
+    if constexpr (detail::declares_on_compress<P>) Played::score(p_, 1, true);
     if (window) {
       if (slots.info.group <= loop_heads)
         slots.weigh_in_place(p_.size);
@@ -290,7 +291,7 @@ class Steps : StepRow<P, width> {
       buffer_ ^= 1;
     }
     turn_ ^= 1;
-    return p_.team.slot_of_least(mine, slot, turn_);
+    return p_.team.least(mine, slot, turn_).slot;
   }
 
   __device__ void know_places() {

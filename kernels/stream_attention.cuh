@@ -235,7 +235,7 @@ class Stream {
                      tile, to);
     }
   }
-  /// The same by every lane's copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies in any case.
+  /// fetch() by every lane's copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies in any case.
   __device__ void fetch_by_lanes(const char* rows, int dim, int tile, unsigned to) const {
     constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
     const unsigned first = lane() / row_chunks, chunk = lane() % row_chunks;

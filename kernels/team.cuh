@@ -15,7 +15,7 @@ struct TeamMemory {
   struct alignas(16) Least {
     unsigned long long key;
     int slot;
-  } least[2][team_warps];
+  } least[3][team_warps];
   int counts[256];
   int flag, number;
 };
@@ -126,15 +126,16 @@ struct BlockTeam {
     return best;
   }
 
-  /// The slot of the smallest of every member's key, -1 when there is none; keys differ. `turn` alternates between 0 and 1 from
-  /// call to call, so that one barrier is enough: it is given.
-  __device__ int slot_of_least(unsigned long long key, int slot, int turn) const {
+  /// The smallest of every member's key with its slot, which is -1 when there is none; keys differ. One barrier is enough, and
+  /// given, if another lies between this and the next call of the same `turn` (0 to 2).
+  __device__ TeamMemory::Least least(unsigned long long key, int slot, int turn) const {
     TeamMemory::Least(&of_warps)[team_warps] = memory->least[turn];
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (lane == first_with_least(key)) of_warps[threadIdx.x / 32] = {key, slot};
     __syncthreads();
     const TeamMemory::Least theirs = lane < team_warps ? of_warps[lane] : TeamMemory::Least{~0ull, -1};
-    return __shfl_sync(~0u, theirs.slot, first_with_least(theirs.key));
+    const int first = first_with_least(theirs.key);
+    return {__shfl_sync(~0u, theirs.key, first), __shfl_sync(~0u, theirs.slot, first)};
   }
 
   /// The first lane of a warp that has the smallest of its keys.

@@ -1,6 +1,8 @@
 // What kernels know: a trace, its layers, and units. A unit is one KV head of one layer replayed at one point; one thread
 // block plays it. All pointers are to device memory.
 #pragma once
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "core/replay.hpp"
@@ -24,6 +26,11 @@ struct TraceData {
   const int* position = nullptr;  // [tokens]
 };
 
+/// Arrays of rows, for streams. `rotated` is used where rows of a cache turn to their places.
+struct TileMaps {
+  TileMap keys{}, rotated{}, values{};
+};
+
 /// One layer's tensors, as elements.
 struct LayerData {
   const void *q = nullptr, *k = nullptr, *v = nullptr;    // [query_heads][query_rows][key_dim], [kv_heads][tokens][...]
@@ -36,6 +43,7 @@ struct LayerData {
   const float* norms = nullptr;                           // [kv_heads][tokens] output norms, for policies that ask
   const float* full_output = nullptr;                     // [kv_heads][measured][group][value_dim]
   const float* full_lse = nullptr;                        // [kv_heads][measured][group]
+  const TileMaps* maps = nullptr;                         // of k_rotated and v, a unit a KV head
   Dtype rope_step = Dtype::float32;                       // what every product and sum of a rotation is rounded to
   int query_rows = 0, window = 0;
 };
@@ -50,6 +58,7 @@ struct Progress {
   int compressions = 0, notes = 0;
   int queries = 0;           // that query statistics have seen
   int past = 0;              // tokens whose queries are no longer to come, for oracles
+  int turned_rows = 0;       // of the look that turned the queries
   bool compressing = false;  // takes part in the compression under way
   bool more = false;         // another round of it is needed
   int lost = 0;  // lost_mass cannot come from log-sum-exps alone: positions are not absolute, or something merged
@@ -101,7 +110,8 @@ struct Unit {
   // Block looks: queries at their places, what came of them.
   void* queries = nullptr;      // [group][block rows][key_dim], unless positions are absolute
   int* query_row = nullptr;     // [block rows]
-  int* query_place = nullptr;   // [block rows] where queries turn to, unless positions are absolute
+  int* query_place = nullptr;   // [block rows] where queries turn to, unless positions are absolute; -1 = they stand there
+  int2* query_turned = nullptr;  // [block rows] whose they are, by token, and where they stand
   int* measured_row = nullptr;  // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
   // Results, [group][measured].
@@ -150,14 +160,9 @@ struct PlaySettings {
   int kept_tiles = -1;                     // RowLook::kept_tiles
 };
 
-/// The rows of all units, for streams. `rotated` is used where rows turn to their places.
-struct TileMaps {
-  TileMap keys{}, rotated{}, values{};
-};
-
 /// One launch of a policy's kernel. Numbers are the same for all units.
 struct Launch {
-  TileMaps maps;
+  TileMaps maps;  // of all units' rows
   const Unit* units = nullptr;
   Progress* progress = nullptr;
   const LayerData* layers = nullptr;

@@ -53,6 +53,7 @@ __global__ void turn_look_kernel(const Unit* units, const LayerData* layers, Tra
       rotation, static_cast<long>(task.rows) * trace.group, blockIdx.y, gridDim.y,
       [&](long i) {
         const long r = i / trace.group, g = i % trace.group, head = unit.info.kv_head * trace.group + g;
+        if (unit.query_place[r] < 0) return TurnedRow{};
         return turned(unit.query_place[r], layer.q, head * layer.query_rows + layer.row_of_token[task.query_token[r]],
                       unit.queries, g * task.rows + r);
       },

@@ -339,6 +339,9 @@ struct Cut {
     const auto bits = std::bit_cast<std::uint32_t>(value + 0.f);  // -0 is 0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   }
+  KV_HD static float value_of(std::uint32_t key) {
+    return std::bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+  }
   KV_HD bool has(float value, int slot_token) const {
     return key_of(value) > key || (key_of(value) == key && slot_token <= token);
   }
