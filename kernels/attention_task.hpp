@@ -28,6 +28,7 @@ struct AttentionTask {
   float *output = nullptr, *lse = nullptr;                 // [rows][group][value_dim] or null, [rows][group]
   float* sums = nullptr;                                   // [slots][group], see column_sums
   int slots = 0, older = 0, rows = 0, window = 0, newest_key = 0x7fffffff;
+  int none = 0;  // tasks are copied word by word: no word is left unset
 };
 
 }  // namespace kv

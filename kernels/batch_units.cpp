@@ -252,14 +252,15 @@ void Batch::make_maps(std::size_t unit_bytes) {
   const TraceData& t = trace_.data;
   if (!streams(t.elements, t.key_dim, t.value_dim, t.group)) return;
   const Unit& first = units_.front();
-  const auto map_of = [&](const void* rows, int dim) {
+  // Behind the last slot tiles hold what was there before, and count nothing of it: it only must not be NaN.
+  const auto map_of = [&](void* rows, int dim) {
+    const auto bytes = static_cast<std::size_t>(first.capacity) * static_cast<std::size_t>(dim * bytes_of(t.elements));
+    KV_CUDA_TRY(cudaMemset2D(rows, unit_bytes, 0, bytes, units_.size()));
     return make_tile_map(rows, dim, first.capacity, unit_bytes, units_.size());
   };
   maps_.keys = map_of(first.keys, t.key_dim), maps_.values = map_of(first.values, t.value_dim);
   if (first.rotated) maps_.rotated = map_of(first.rotated, t.key_dim);
-  // Behind the last slot tiles hold what was there before, and count nothing of it: it only must not be NaN.
-  const std::size_t row = static_cast<std::size_t>(t.value_dim * bytes_of(t.elements));
-  KV_CUDA_TRY(cudaMemset2D(first.values, unit_bytes, 0, row * static_cast<std::size_t>(first.capacity), units_.size()));
+  KV_CUDA_TRY(cudaStreamSynchronize(nullptr));  // streams of their own do not wait for it
 }
 
 }  // namespace kv

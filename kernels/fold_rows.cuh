@@ -112,9 +112,8 @@ __device__ void write_rows(Player& player, Head& head, int target, int n, const 
       decltype(read_channels<step>(nullptr, elements, 0)) key, value;
     };
     const auto read = [&](int slot) {  // what is beyond a row's end, from its beginning
-      return Rows{
-          read_channels<step>(unit.keys, elements, static_cast<long>(slot) * dk + (in_key ? c : 0)),
-          read_channels<step>(unit.values, elements, static_cast<long>(slot) * dv + (in_value ? c : 0))};
+      return Rows{read_channels<step>(unit.keys, elements, static_cast<long>(slot) * dk + (in_key ? c : 0)),
+                  read_channels<step>(unit.values, elements, static_cast<long>(slot) * dv + (in_value ? c : 0))};
     };
     int victim;
     plan_of(0, victim);

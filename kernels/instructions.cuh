@@ -155,8 +155,9 @@ __device__ inline bool is_elected() {
 }
 /// What the thread has written by stores, copies of boxes may read or write over once a barrier has been passed.
 __device__ inline void written_to_device(bool anything = true) {
-  asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0; @p fence.proxy.async.global;}" ::"r"(static_cast<unsigned>(anything))
-               : "memory");
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %0, 0; @p fence.proxy.async.global;}" ::"r"(static_cast<unsigned>(anything))
+      : "memory");
 }
 __device__ inline void written_to_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -174,11 +175,10 @@ __device__ inline void barrier_expect(uint32_t barrier, unsigned bytes) {
 }
 __device__ inline bool barrier_passed(uint32_t barrier, int parity) {
   unsigned passed;
-  asm volatile(
-      "{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
-      : "=r"(passed)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{.reg .pred done; mbarrier.test_wait.parity.shared.b64 done, [%1], %2; selp.u32 %0, 1, 0, done;}"
+               : "=r"(passed)
+               : "r"(barrier), "r"(parity)
+               : "memory");
   return passed != 0;
 }
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {

@@ -103,8 +103,7 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
     const int lane = static_cast<int>(threadIdx.x % 32), n = player.size;
     for (int first = static_cast<int>(threadIdx.x) - lane; first < n; first += team_threads) {
       const int mine = first + lane;
-      const bool receives =
-          mine < n && mine != victim && unit.stays[mine] && player.policy.receives(player.view(mine));
+      const bool receives = mine < n && mine != victim && unit.stays[mine] && player.policy.receives(player.view(mine));
       for (unsigned left = __ballot_sync(~0u, receives); left != 0; left &= left - 1)
         compare(first + __ffs(static_cast<int>(left)) - 1, own_norm, dot, lane == 0);
     }

@@ -50,7 +50,7 @@ struct Play {
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
-  Ring ring;       // what is under way for the next row
+  Ring ring;         // what is under way for the next row
   int stale = -1;    // a slot whose row changed in memory since
   int changed = -1;  // RowNow::changed
 
@@ -248,9 +248,9 @@ struct Play {
   __device__ void patch(int slot, const void* key, const void* value) const {
     if (!fixed.streamed) return;
     if (stream_width(trace.key_dim, trace.value_dim) > 64)
-      Stream<__nv_bfloat16, 128, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
+      TileRing<128>::patch(row.stream, ring, slot, fixed.look, key, value);
     else
-      Stream<__nv_bfloat16, 64, Probing::none>::patch(row.stream, ring, slot, fixed.look, key, value);
+      TileRing<64>::patch(row.stream, ring, slot, fixed.look, key, value);
   }
   /// Whether this warp streams a slot.
   __device__ bool streams_slot(int slot) const { return warp == slot / stream_tile % stream_warps; }

@@ -177,7 +177,7 @@ class Stages {
     if (threadIdx.x == 0 && args_.first_round) p_.progress.compressing = due;
     if (!due) return;
     look_around();
-    Player<P, plain>::score(p_, args_.row_count);
+    p_.score(args_.row_count);
     classify(p_.fixed, p_.size, p_.now, links(), 0);
   }
 

@@ -124,7 +124,9 @@ class StepRow : protected Stages<P, (width > 0)> {
       return;
     }
     const int last = p_.size - 1;
-    const RowNow now{last, token, p_.row.queries[token & 1],
+    const RowNow now{last,
+                     token,
+                     p_.row.queries[token & 1],
                      absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
                      inputs().value(token),
                      p_.changed};
@@ -181,8 +183,8 @@ class StepRow : protected Stages<P, (width > 0)> {
     }
   }
 
-  static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory, Ring ring,
-                                                  int kept_tiles) {
+  static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory,
+                                                  Ring ring, int kept_tiles) {
     Stream<__nv_bfloat16, width, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
   }
 
@@ -253,7 +255,8 @@ class StepRow : protected Stages<P, (width > 0)> {
   }
   /// on_attention of the step's row, for a thread's own slots. Not inlined: most steps observe while they score.
   __device__ void observe() const {
-    if constexpr (detail::declares_on_attention<P>) observe_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block);
+    if constexpr (detail::declares_on_attention<P>)
+      observe_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block);
   }
   static __device__ __noinline__ void observe_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
                                                     int block) {

@@ -173,7 +173,7 @@ class Steps : StepRow<P, width> {
       const int rows = s.look_window(token);
       s.stop_clock(TimedPhase::observe);
       s.look_around();
-      Played::score(p, rows);
+      p.score(rows);
       s.stop_clock(TimedPhase::score);
       classify(p.fixed, p.size, p.now, s.links(), s.buffer_);
       if (s.together()) s.meet();
@@ -271,7 +271,7 @@ class Steps : StepRow<P, width> {
     if (before) observe();
     if (detail::declares_on_compress<P> || (before && (window || compares))) __syncthreads();
     observes = observes && !before;
-    if constexpr (detail::declares_on_compress<P>) Played::score(p_, 1, true);
+    if constexpr (detail::declares_on_compress<P>) p_.score(1, true);
     if (window) {
       if (slots.info.group <= loop_heads)
         slots.weigh_in_place(p_.size);

@@ -10,9 +10,8 @@
 // rows. Probabilities enter the second product as two 16-bit words.
 #pragma once
 #include "kernels/elements.cuh"
-#include "kernels/stream_look.cuh"
-#include "kernels/team.cuh"
 #include "kernels/tensor_words.cuh"
+#include "kernels/tile_ring.cuh"
 
 namespace kv {
 
@@ -20,18 +19,17 @@ namespace kv {
 /// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
 /// neither bent nor hidden, and biased where `biased` says so.
 template <class Element, int width, Probing probing, bool plain = false, bool biased = false>
-class Stream {
+class Stream : TileRing<width> {
  public:
+  using Base = TileRing<width>;
+  using Base::box_bytes, Base::depth, Base::stage_bytes, Base::tile_bytes;
   static constexpr int key_chunks = width / 32, value_blocks = width / 16;
-  static constexpr unsigned row_bytes = width * 2, row_chunks = width / 8, tile_bytes = stream_tile * row_bytes;
-  static constexpr unsigned box_bytes = stream_tile * 128;  // 64 channels of a tile
-  static constexpr unsigned stage_bytes = 2 * tile_bytes;
+  static constexpr unsigned row_chunks = width / 8;
   static constexpr float headroom = 8;  // probabilities may grow to 2^8 before sums are scaled anew
-  static constexpr int depth = stream_ring_bytes / static_cast<int>(stage_bytes);
 
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` as well.
-  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory, const StreamSource& from,
-                                    int kept_tiles)
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
+                                    const StreamSource& from, int kept_tiles)
       : look_(look),
         now_(now),
         memory_(memory),
@@ -70,19 +68,19 @@ class Stream {
   __device__ __forceinline__ void run(const Ring& ring, bool next) {
     unsigned turn = same_in_warp(first_turn(ring));
     const bool again = next && goes_on(tiles_);
-    bool keys_there = has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
+    bool keys_there = Base::template has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
 #pragma unroll 1
     for (int tile = warp_; tile < tiles_; tile += stream_warps) {
       int after = tile + depth * stream_warps;
       if (after >= tiles_) after = again ? first_tiles(after) : tiles_;
       const unsigned stage = turn % depth, at = stage * stage_bytes;
-      if (!keys_there) await<true>(landed_, turn);
+      if (!keys_there) Base::template await<true>(landed_, turn);
       float dots[2][2];
       dot_keys(at, tile, dots);
       __syncwarp();  // every lane has read its keys
-      const bool values_there = has_landed<false>(landed_, turn);
+      const bool values_there = Base::template has_landed<false>(landed_, turn);
       fetch<true>(after, stage);
-      if (!values_there) await<false>(landed_, turn);
+      if (!values_there) Base::template await<false>(landed_, turn);
       uint4 rows[4];
       read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[2], low[2];
@@ -90,7 +88,7 @@ class Stream {
       add_values(at, rows, high, low);
       __syncwarp();
       ++turn;
-      keys_there = has_landed<true>(landed_, turn);
+      keys_there = Base::template has_landed<true>(landed_, turn);
       fetch<false>(after, stage);
     }
   }
@@ -115,50 +113,9 @@ class Stream {
         }
   }
 
-  /// Whether a row of so many tiles can start the next one's: every warp must have that many.
-  __device__ static bool goes_on(int tiles) { return tiles >= depth * stream_warps; }
-
-  /// The ring after run(ring, next) over `slots` slots; by all threads.
-  __device__ static void advance(Ring& ring, int slots, bool next) {
-    const int tiles = (slots + stream_tile - 1) / stream_tile, warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
-    ring.turns = first_turn(ring) + static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps);
-    ring.running = ring.filled = next && goes_on(tiles), ring.tiles = tiles;
-  }
-
-  /// Waits for what is under way; by the warps that stream.
-  __device__ static void drain(const StreamMemory& memory, const Ring& ring) {
-    if constexpr (copies_boxes) {
-      if (!ring.filled) return;
-      const unsigned landed = landed_of(memory, warp_of_team());
-#pragma unroll
-      for (unsigned i = 0; i < depth; ++i) await<true>(landed, ring.turns + i), await<false>(landed, ring.turns + i);
-    } else {
-      await_copies<0>();
-      __syncwarp();
-    }
-  }
-
-  /// A row's new content where a running ring already holds the slot; by the warp that it belongs to. `key` and `value` are
-  /// in shared or device memory.
-  __device__ static void patch(const StreamMemory& memory, const Ring& ring, int slot, const RowLook& look,
-                               const void* key, const void* value) {
-    const int tile = slot / stream_tile, turn = tile / stream_warps;
-    if (!ring.running || turn >= depth || tile >= ring.tiles) return;
-    drain(memory, ring);
-    const unsigned stage = (ring.turns + static_cast<unsigned>(turn)) % depth, row = slot % stream_tile;
-    const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(tile % stream_warps * stream_ring_bytes) +
-                          stage * stage_bytes;
-    const unsigned chunk = threadIdx.x % 16;
-    const bool keys = threadIdx.x % 32 < 16;
-    if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
-      const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
-      store_shared(base + (keys ? 0 : tile_bytes) + place(row, chunk), words);
-    }
-    if constexpr (copies_boxes) written_to_shared();
-    __syncwarp();
-  }
-
  private:
+  using Base::barrier_of, Base::drain, Base::first_turn, Base::goes_on, Base::landed_of, Base::place, Base::row_of;
+
   /// Whole tiles; one instruction, made again in every loop.
   __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
@@ -168,51 +125,10 @@ class Stream {
   /// A number that the compiler shall keep rather than compute again from the thread's index, tile after tile.
   __device__ static unsigned keep(unsigned x) { return __shfl_sync(~0u, x, static_cast<int>(lane())); }
 
-  /// Where chunk `chunk` of row `row` of a tile lies: as a copy of a box swizzles 128-byte rows.
-  __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
-    return chunk / 8 * box_bytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
-  }
-  /// The row of a tile's half that is the n-th in products: a quarter of a warp reads two neighbours' four chunks of keys, which
-  /// must meet all eight groups of banks. Elements 2c and 2c + 1 of a product are thus rows c and c + 4.
-  template <class T>
-  __device__ static constexpr unsigned row_of(T n) {
-    return static_cast<unsigned>(n) / 2 | (static_cast<unsigned>(n) & 1) << 2;
-  }
-
-  /// The turn of a row's first tile: what is under way without being wanted is taken out before.
-  __device__ static unsigned first_turn(const Ring& ring) {
-    return ring.turns + (!ring.running && ring.filled ? depth : 0);
-  }
   /// The tile of the next row that this warp's tile `beyond`, which is not there, stands for.
   __device__ int first_tiles(int beyond) const {
     if constexpr (depth == 1) return warp_;
     return beyond - (tiles_ - warp_ + stream_warps - 1) / stream_warps * stream_warps;
-  }
-
-  /// The warp's barriers: a stage's keys, its values.
-  __device__ static unsigned landed_of(const StreamMemory& memory, int warp) {
-    return shared_address(memory.landed) + static_cast<unsigned>(warp * 2 * most_stream_depth) * 8;
-  }
-  template <bool keys>
-  __device__ static unsigned barrier_of(unsigned landed, unsigned stage) {
-    return landed + stage * 16 + (keys ? 0 : 8);
-  }
-  /// Waits until the keys or values of the warp's `turn`-th tile are there, for all lanes.
-  template <bool keys>
-  __device__ __forceinline__ static void await(unsigned landed, unsigned turn) {
-    if constexpr (copies_boxes) {
-      barrier_wait(barrier_of<keys>(landed, turn % depth), static_cast<int>(turn / depth & 1));
-    } else {
-      await_copies<2 * depth - 1>();
-      __syncwarp();
-    }
-  }
-
-  /// Whether they are there already; where that cannot be asked, no.
-  template <bool keys>
-  __device__ __forceinline__ static bool has_landed(unsigned landed, unsigned turn) {
-    if constexpr (!copies_boxes) return false;
-    return barrier_passed(barrier_of<keys>(landed, turn % depth), static_cast<int>(turn / depth & 1));
   }
 
   /// Starts copying a tile of keys or values to a stage; nothing beyond the last tile.
@@ -224,7 +140,7 @@ class Stream {
       if (is_elected() && tile < tiles_) {
         const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
         const TileMap* const map = keys ? from_.keys : from_.values;
-        const unsigned barrier = barrier_of<keys>(landed_, stage);
+        const unsigned barrier = Base::template barrier_of<keys>(landed_, stage);
         barrier_expect(barrier, tile_bytes);
 #pragma unroll
         for (unsigned i = 0; i < tile_bytes / box_bytes; ++i)
@@ -431,20 +347,6 @@ __device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look
     stream_row<__nv_bfloat16, 128>(look, now, memory, ring, next);
   else
     stream_row<__nv_bfloat16, 64>(look, now, memory, ring, next);
-}
-
-/// advance() of a ring whose rows are `width` channels wide; and drain().
-__device__ __forceinline__ void advance_ring(int width, Ring& ring, int slots, bool next) {
-  if (width > 64)
-    Stream<__nv_bfloat16, 128, Probing::none>::advance(ring, slots, next);
-  else
-    Stream<__nv_bfloat16, 64, Probing::none>::advance(ring, slots, next);
-}
-__device__ __forceinline__ void drain_ring(int width, const StreamMemory& memory, const Ring& ring) {
-  if (width > 64)
-    Stream<__nv_bfloat16, 128, Probing::none>::drain(memory, ring);
-  else
-    Stream<__nv_bfloat16, 64, Probing::none>::drain(memory, ring);
 }
 
 }  // namespace kv

@@ -174,7 +174,8 @@ struct TokenAttention {
       };
       const int c = 2 * static_cast<int>(threadIdx.x % 32);
       if (c < look.key_dim) add(word(now.queries, g * pitch + turned_channel(c)), word(now.newest_key, c));
-      if (c + 64 < look.key_dim) add(word(now.queries, g * pitch + turned_channel(c + 64)), word(now.newest_key, c + 64));
+      if (c + 64 < look.key_dim)
+        add(word(now.queries, g * pitch + turned_channel(c + 64)), word(now.newest_key, c + 64));
       dot = detail::warp_sum(dot);
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);
@@ -263,8 +264,7 @@ struct TokenAttention {
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
       const float4 output = output_of(g, weights, look, now.newest_value, memory);
-      if (4 * lane < look.value_dim)
-        *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
+      if (4 * lane < look.value_dim) *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
     }
   }
 

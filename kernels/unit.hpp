@@ -108,18 +108,19 @@ struct Unit {
   const int* every_token = nullptr;                      // 0, 1, 2, ...
   long long* slot_mass = nullptr;                        // [capacity + 1], see measure_mass
   // Block looks: queries at their places, what came of them.
-  void* queries = nullptr;      // [group][block rows][key_dim], unless positions are absolute
-  int* query_row = nullptr;     // [block rows]
-  int* query_place = nullptr;   // [block rows] where queries turn to, unless positions are absolute; -1 = they stand there
+  void* queries = nullptr;   // [group][block rows][key_dim], unless positions are absolute
+  int* query_row = nullptr;  // [block rows]
+  int* query_place =
+      nullptr;  // [block rows] where queries turn to, unless positions are absolute; -1 = they stand there
   int2* query_turned = nullptr;  // [block rows] whose they are, by token, and where they stand
-  int* measured_row = nullptr;  // [measured] rows of the measured queries
+  int* measured_row = nullptr;   // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
   // Results, [group][measured].
   double* compared[4] = {};  // |o' - o|^2, |o|^2, |o'|^2, and o . o', which `finish` makes the cosine distance
   double *lost_mass = nullptr, *mass_tv = nullptr;  // until `finish`, lost_mass holds the log-sum-exp of o'
-  float* delta = nullptr;      // [measured][group][value_dim] o' - o, for W_o; or null
-  int* slots_at = nullptr;     // [steps]
-  unsigned* clocks = nullptr;  // [steps][timed_phases], or null
+  float* delta = nullptr;                           // [measured][group][value_dim] o' - o, for W_o; or null
+  int* slots_at = nullptr;                          // [steps]
+  unsigned* clocks = nullptr;                       // [steps][timed_phases], or null
 };
 
 /// How rows turn.

@@ -39,13 +39,17 @@ struct ZSMerge : kv::Policy {
     const int gatherers = dense < head.budget() ? dense : head.budget();
     const int share = kv::share_of(tail, head.budget()), room = head.budget() - gatherers;
     const int newest = share < room ? share : room;
-    if (head.shared().started == 0) found_residuals(team, head, gatherers, newest);
-    team.sync();
+    const bool begins = head.shared().started == 0;
+    if (begins) {
+      found_residuals(team, head, gatherers, newest);
+      team.sync();
+    }
     team.for_each(head.size(), [&](int s) {
-      if (head.shared().started) head.scratch(s).anchor = -1;
+      if (!begins) head.scratch(s).anchor = -1;
       const bool safe = head.state(s).residual || head.age(s) < newest;
       head.score(s) = safe ? kv::protect : head.state(s).mass;
     });
+    if (!begins) return;
     team.sync();
     team.for_each(1, [&](int) { head.shared().started = 1; });
   }

@@ -307,25 +307,14 @@ void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes) {
 }
 
 static void land(const Box& box) {
-  const TileMap& map = *box.from;
-  constexpr int rows = 16, channels = 64;
-  if (box.unit < 0 || static_cast<std::size_t>(box.unit) >= map.units)
-    throw std::logic_error("emulator: a box of a unit that is not there");
-  for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < channels; ++c) {
-      std::uint16_t element = 0;
-      if (const int row = box.row + r, channel = box.channel + c; row < map.rows && channel < map.dim)
-        std::memcpy(&element,
-                    map.first + static_cast<std::size_t>(box.unit) * map.unit_bytes +
-                        (static_cast<std::size_t>(row) * static_cast<std::size_t>(map.dim) +
-                         static_cast<std::size_t>(channel)) *
-                            2,
-                    2);
+  for (int r = 0; r < box_rows; ++r)
+    for (int c = 0; c < box_channels; ++c) {
+      const std::uint16_t element = element_of_box(*box.from, box.channel + c, box.row + r, box.unit);
       const auto at = box.to + static_cast<std::uint32_t>(r * 128 + c * 2);
       std::memcpy(at_shared(at ^ (at >> 7 & 7) << 4, 2), &element, 2);
     }
   std::uint32_t* words = words_of(box.barrier);
-  words[0] -= static_cast<std::uint32_t>(rows * channels * 2) << 8;
+  words[0] -= static_cast<std::uint32_t>(box_rows * box_channels * 2) << 8;
   end_phase(words);
 }
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier) {
@@ -339,9 +328,7 @@ void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int 
     block.boxes.push_back(box);
 }
 
-bool barrier_passed(std::uint32_t barrier, int parity) {
-  return static_cast<int>(words_of(barrier)[1] & 1) != parity;
-}
+bool barrier_passed(std::uint32_t barrier, int parity) { return static_cast<int>(words_of(barrier)[1] & 1) != parity; }
 void barrier_wait(std::uint32_t barrier, int parity) {
   while (!barrier_passed(barrier, parity)) {
     std::vector<Box>& boxes = here->block->boxes;

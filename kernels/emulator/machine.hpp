@@ -83,6 +83,9 @@ struct TileMap {
   int dim, rows;
   std::size_t unit_bytes, units;
 };
+constexpr int box_rows = 16, box_channels = 64;
+/// An element of a box, counted from its first one; 0 beyond the rows. Throws std::logic_error for a unit that is not there.
+std::uint16_t element_of_box(const TileMap& map, int channel, int row, int unit);
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier);
 
 /// For loops that wait for another block: throws when that one has failed.

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "kernels/emulator/cuda_runtime.h"
@@ -137,6 +138,17 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) 
 }
 
 namespace kv {
+
+std::uint16_t emulator::element_of_box(const TileMap& map, int channel, int row, int unit) {
+  if (unit < 0 || static_cast<std::size_t>(unit) >= map.units)
+    throw std::logic_error("emulator: a box of a unit that is not there");
+  if (row >= map.rows || channel >= map.dim) return 0;
+  const std::size_t at =
+      static_cast<std::size_t>(row) * static_cast<std::size_t>(map.dim) + static_cast<std::size_t>(channel);
+  std::uint16_t element;
+  std::memcpy(&element, map.first + static_cast<std::size_t>(unit) * map.unit_bytes + at * 2, 2);
+  return element;
+}
 
 TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units) {
   return {{static_cast<const char*>(first), dim, rows, unit_bytes, units}};

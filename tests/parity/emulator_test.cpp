@@ -59,6 +59,46 @@ TEST(Emulator, LandsCopiesLateThatNobodyWaitsFor) {
   EXPECT_GT(wrong(true, true, false), 0u);
 }
 
+/// A warp copies 16 rows of 64 channels from the 64th channel and 4th row of unit 1 on, and writes them down, row by row.
+__global__ void copy_a_box(TileMap map, std::uint16_t* out, bool waits) {
+  const char* const memory = launch_memory<1024>();
+  const uint32_t tile = shared_address(memory), barrier = tile + 2048;
+  if (threadIdx.x == 0) barrier_init(barrier, 1);
+  __syncwarp();
+  if (is_elected()) {
+    barrier_expect(barrier, 2048);
+    copy_box(tile, &map, 64, 4, 1, barrier, stay_as_usual);
+  }
+  __syncwarp();
+  if (waits) barrier_wait(barrier, 0);
+  for (unsigned i = threadIdx.x; i < 1024; i += 32) {
+    const unsigned row = i / 64, channel = i % 64;
+    out[i] = reinterpret_cast<const std::uint16_t*>(memory + row * 128 + (channel / 8 ^ row % 8) * 16)[channel % 8];
+  }
+}
+
+TEST(Emulator, CopiesBoxesSwizzledAndFindsWhoForgetsThem) {
+  constexpr int dim = 80, rows = 10;
+  std::vector<std::uint16_t> numbers(2 * rows * dim);
+  for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<std::uint16_t>(i + 1);
+  const Buffer<std::uint16_t> from(numbers), out(1024);
+  const TileMap map = make_tile_map(from.data(), dim, rows, rows * dim * 2, 2);
+  launch(copy_a_box, 1, 32, 2048 + 8, nullptr, map, out.data(), true);
+  const std::vector<std::uint16_t> got = out.to_host();
+  for (int row = 0; row < 16; ++row)
+    for (int channel = 0; channel < 64; ++channel) {
+      const bool there = row + 4 < rows && channel + 64 < dim;  // else zeros
+      const int expected = there ? numbers[static_cast<std::size_t>((rows + row + 4) * dim + channel + 64)] : 0;
+      ASSERT_EQ(got[static_cast<std::size_t>(row * 64 + channel)], expected) << row << ", " << channel;
+    }
+  try {
+    launch(copy_a_box, 16, 32, 2048 + 8, nullptr, map, out.data(), false);
+    ADD_FAILURE() << "nobody waited";
+  } catch (const std::logic_error& error) {
+    EXPECT_STREQ(error.what(), "emulator: a block ends before its copies");
+  }
+}
+
 __global__ void half_come() {
   if (threadIdx.x < 32 || threadIdx.x % 2 == 0) __syncthreads();
   if (threadIdx.x >= 32) __syncwarp();
