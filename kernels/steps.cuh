@@ -213,9 +213,9 @@ class Steps : StepRow<P, width> {
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
     p_.let_go(victim, gap, key, value);
     if (p_.is_clerk()) ++p_.progress.compressions;
-    if (copies_boxes && merges()) written_to_device();
+    if (copies_boxes && merges()) written_to_device();  // rows that the fold wrote
     if (newest_folded || gap >= 0 || detail::declares_log_bias<P>)
-      __syncthreads();  // the clerk's next row and place go where the newest ones were read
+      __syncthreads();  // the clerk's next row and place go where the newest ones were read, and biases read his books
   }
 
   /// Whether this compression lets exactly one slot go by its score alone: then nothing has to be sorted.
