@@ -25,7 +25,7 @@ __device__ inline void release(uint32_t barrier) {
 
 /// Byte offset of a chunk (of 16) of a row in a tile whose halves are `half_bytes` apart.
 __device__ inline uint32_t half_offset(int row, int chunk, int half_bytes) {
-  return static_cast<uint32_t>(chunk / 8 * half_bytes + row * 128 + (((chunk % 8) ^ (row & 7)) << 4));
+  return swizzled_place(static_cast<uint32_t>(row), static_cast<uint32_t>(chunk), static_cast<uint32_t>(half_bytes));
 }
 
 /// A warpgroup starts copying 64 rows of its own, of these indices.

@@ -6,6 +6,12 @@ namespace kv {
 
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
+/// Where a chunk of 16 bytes of a row lies in a tile that is swizzled as hardware does it: halves of 64 elements a row,
+/// `half_bytes` apart, whose rows are 128 bytes with chunks exchanged within every 8 rows.
+__device__ constexpr uint32_t swizzled_place(uint32_t row, uint32_t chunk, uint32_t half_bytes) {
+  return chunk / 8 * half_bytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+}
+
 /// A float in two 16-bit words: 16 (bfloat16) or 22 (float16) bits of it, relative error of the sum of both about 1e-5 or
 /// better. Probabilities are scaled by 2^shift first, so that what float16 cannot hold is below 2^-38 of the largest. They
 /// are relative to a base that lags behind the largest logit by at most `slack` (in units of log 2): so it seldom moves.

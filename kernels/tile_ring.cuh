@@ -16,7 +16,7 @@ struct TileRing {
 
   /// Where chunk `chunk` of row `row` of a tile lies: as a copy of a box swizzles 128-byte rows.
   __device__ static constexpr unsigned place(unsigned row, unsigned chunk) {
-    return chunk / 8 * box_bytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
+    return swizzled_place(row, chunk, box_bytes);
   }
   /// The row of a tile's half that is the n-th in products: a quarter of a warp reads two neighbours' four chunks of keys, which
   /// must meet all eight groups of banks. Elements 2c and 2c + 1 of a product are thus rows c and c + 4.

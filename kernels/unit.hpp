@@ -108,10 +108,9 @@ struct Unit {
   const int* every_token = nullptr;                      // 0, 1, 2, ...
   long long* slot_mass = nullptr;                        // [capacity + 1], see measure_mass
   // Block looks: queries at their places, what came of them.
-  void* queries = nullptr;   // [group][block rows][key_dim], unless positions are absolute
-  int* query_row = nullptr;  // [block rows]
-  int* query_place =
-      nullptr;  // [block rows] where queries turn to, unless positions are absolute; -1 = they stand there
+  void* queries = nullptr;       // [group][block rows][key_dim], unless positions are absolute
+  int* query_row = nullptr;      // [block rows]
+  int* query_place = nullptr;    // [block rows] where queries turn to, or -1 = they stand there; where they turn at all
   int2* query_turned = nullptr;  // [block rows] whose they are, by token, and where they stand
   int* measured_row = nullptr;   // [measured] rows of the measured queries
   float *block_output = nullptr, *block_lse = nullptr;
