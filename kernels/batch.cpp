@@ -48,7 +48,7 @@ int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPl
 
 Launch Batch::stage(Stage what, const BlockRange& block) const {
   Launch launch;
-  launch.maps = maps_;
+  launch.maps = maps_.at(short_ring);
   launch.units = device_units_.data(), launch.progress = progress_.data(), launch.layers = device_layers_.data();
   launch.trace = trace_.data;
   launch.settings = {plan_.settings.positions, plan_.settings.compress,
@@ -212,13 +212,13 @@ void Batch::allocate() {
   allocated_ = true;
 }
 
-int Batch::kept_tiles(int slots, std::size_t spilled) const {
+int Batch::kept_tiles(int slots, int tile, std::size_t spilled) const {
   const TraceData& t = trace_.data;
   const auto of_slot = static_cast<std::size_t>((t.key_dim + t.value_dim) * bytes_of(t.elements));
   const auto resident = static_cast<std::size_t>(std::min(static_cast<int>(units_.size()), 2 * multiprocessors_));
   if (resident * of_slot * static_cast<std::size_t>(slots) <= l2_bytes_ / 5 * 4) return -1;
   const std::size_t half = l2_bytes_ / 2, taken = std::min(half, resident * spilled);
-  return static_cast<int>((half - taken) / (resident * of_slot * stream_tile));
+  return static_cast<int>((half - taken) / (resident * of_slot * static_cast<std::size_t>(tile)));
 }
 
 void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
@@ -237,10 +237,17 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const std::size_t wanted =
       program_->record_bytes(plan_.traits, launch.settings, trace_.data.group, trace_.data.key_dim, launch.step_slots);
   launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
-  launch.settings.kept_tiles = kept_tiles(launch.step_slots, wanted - static_cast<std::size_t>(launch.record_bytes));
+  constexpr int wide_tile = tile_slots(128, long_ring), more_ring = stream_warps * (long_ring - short_ring);
+  if (launch.plain_width == 128 && launch.step_slots > stream_warps * wide_tile && wanted + more_ring <= record_room_)
+    launch.ring_bytes = long_ring, launch.maps = maps_.at(long_ring);
+  const int width = stream_width(trace_.data.key_dim, trace_.data.value_dim);
+  launch.settings.kept_tiles = kept_tiles(launch.step_slots, tile_slots(width, launch.ring_bytes),
+                                          wanted - static_cast<std::size_t>(launch.record_bytes));
+  const std::size_t shared = row_bytes_ + static_cast<std::size_t>(launch.record_bytes) +
+                             static_cast<std::size_t>(stream_warps * (launch.ring_bytes - short_ring));
   if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));
-  program_->launch(launch, trace_.data.kv_heads, row_bytes_ + static_cast<std::size_t>(launch.record_bytes), stream_);
+  program_->launch(launch, trace_.data.kv_heads, shared, stream_);
   if (timing_ != Timing::none) step_timers_.back()->stop(stream_);
   slots_bound_ = launch.step_slots;
 }

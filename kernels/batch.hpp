@@ -1,6 +1,7 @@
 // Points of one policy that go through a trace together: equal blocks, positions and measured queries; budgets, seeds and
 // most parameters may differ. Their heads are the units of every launch.
 #pragma once
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -94,9 +95,9 @@ class Batch {
   void compress(const BlockRange& block, bool probes);
   void allocate();
   void steps(std::size_t first, std::size_t count, bool last_compresses);
-  /// RowLook::kept_tiles of steps over so many slots: half of the second-level cache, less what a unit's records take there,
+  /// RowLook::kept_tiles of steps over so many slots, `tile` at a time: half of the second-level cache, less what a unit's records take there,
   /// of caches that it cannot hold.
-  int kept_tiles(int slots, std::size_t spilled) const;
+  int kept_tiles(int slots, int tile, std::size_t spilled) const;
   void single_tokens(std::size_t first, std::size_t count);
   bool may_be_due(const BlockRange& block) const;
   bool any_more();
@@ -117,7 +118,7 @@ class Batch {
 
   std::vector<Unit> units_;
   Buffer<char> memory_;  // every unit's arrays
-  TileMaps maps_;
+  std::map<int, TileMaps> maps_{{short_ring, {}}, {long_ring, {}}};  // by bytes of a warp's ring
   Buffer<Unit> device_units_;
   Buffer<Progress> progress_;
   Buffer<LayerData> device_layers_;

@@ -252,14 +252,21 @@ void Batch::make_maps(std::size_t unit_bytes) {
   const TraceData& t = trace_.data;
   if (!streams(t.elements, t.key_dim, t.value_dim, t.group)) return;
   const Unit& first = units_.front();
+  const auto map_of = [&](const void* rows, int dim, int tile) {
+    return make_tile_map(rows, dim, first.capacity, unit_bytes, units_.size(), tile);
+  };
+  for (auto& [ring_bytes, maps] : maps_) {
+    const int tile = tile_slots(stream_width(t.key_dim, t.value_dim), ring_bytes);
+    maps.keys = map_of(first.keys, t.key_dim, tile), maps.values = map_of(first.values, t.value_dim, tile);
+    if (first.rotated) maps.rotated = map_of(first.rotated, t.key_dim, tile);
+  }
   // Behind the last slot tiles hold what was there before, and count nothing of it: it only must not be NaN.
-  const auto map_of = [&](void* rows, int dim) {
+  const auto clear = [&](void* rows, int dim) {
     const auto bytes = static_cast<std::size_t>(first.capacity) * static_cast<std::size_t>(dim * bytes_of(t.elements));
     KV_CUDA_TRY(cudaMemset2D(rows, unit_bytes, 0, bytes, units_.size()));
-    return make_tile_map(rows, dim, first.capacity, unit_bytes, units_.size());
   };
-  maps_.keys = map_of(first.keys, t.key_dim), maps_.values = map_of(first.values, t.value_dim);
-  if (first.rotated) maps_.rotated = map_of(first.rotated, t.key_dim);
+  clear(first.keys, t.key_dim), clear(first.values, t.value_dim);
+  if (first.rotated) clear(first.rotated, t.key_dim);
   KV_CUDA_TRY(cudaStreamSynchronize(nullptr));  // streams of their own do not wait for it
 }
 

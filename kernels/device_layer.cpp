@@ -122,7 +122,8 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, const Session& session, int i
   if (streams(t.elements, t.key_dim, t.value_dim, t.group)) {
     const auto map_of = [&](const void* rows, int dim) {
       return make_tile_map(rows, dim, t.tokens, static_cast<std::size_t>(t.tokens) * static_cast<std::size_t>(dim) * 2,
-                           static_cast<std::size_t>(t.kv_heads));
+                           static_cast<std::size_t>(t.kv_heads),
+                           tile_slots(stream_width(t.key_dim, t.value_dim), short_ring));
     };
     TileMaps maps;
     maps.keys = map_of(data_.k_rotated, t.key_dim), maps.values = map_of(data_.v, t.value_dim);

@@ -108,6 +108,13 @@ __device__ inline uint4 load_turned(uint32_t address) {
   return x;
 }
 
+/// An 8 x 8 matrix of 16-bit elements, of which lane l has elements 2(l%4) and the next of row l/4, transposed.
+__device__ inline uint32_t turn_matrix(uint32_t x) {
+  uint32_t turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(x));
+  return turned;
+}
+
 /// Starts copying 16 bytes to shared memory.
 __device__ inline void copy_16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -137,7 +144,7 @@ constexpr bool copies_boxes = false;
 /// What createpolicy.fractional.L2::evict_normal, ::evict_last and ::evict_first give for the whole of an access: wishes for how
 /// long a line stays in the second-level cache.
 constexpr uint64_t stay_as_usual = 0x1000000000000000, stay_long = 0x14F0000000000000, go_first = 0x12F0000000000000;
-/// Starts copying stream_tile rows of 64 channels, from one channel and row of a unit on, by one lane: 128 bytes a row, whose
+/// Starts copying a tile's rows of 64 channels, from one channel and row of a unit on, by one lane: 128 bytes a row, whose
 /// chunks of 16 bytes are exchanged within every 8 rows; channels beyond a row's end are zeros. `barrier` counts the bytes.
 __device__ inline void copy_box(uint32_t to, const TileMap* from, int channel, int row, int unit, uint32_t barrier,
                                 uint64_t wish) {

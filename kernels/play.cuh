@@ -11,6 +11,10 @@ namespace kv {
 /// What does not change while a unit is played, in shared memory: one copy for the thread block. Local memory is no place
 /// for it: the first-level cache has next to no room left beside the rings, so a spilt pointer is a trip to the second.
 struct Fixed {
+  /// Which measured query (-1: none) and which row of the layer's queries (-1: not recorded) a token's are, in turn.
+  struct {
+    int measured, row;
+  } coming[4];
   Unit unit;
   LayerData layer;
   TraceData trace;
@@ -28,8 +32,8 @@ struct Fixed {
   float* logits;    // [group][logit_stride] of the latest row
   long long clock;  // when the phase under way began
   int logit_stride;
-  int measured[2];  // which measured query the present and the next token's are, by parity of the token; or -1
   bool streamed;    // rows of this shape go over tensor cores
+  int tile;         // slots of a tile of their streams
 };
 static_assert(sizeof(Fixed) + 1024 <= team_memory_bytes);
 
@@ -223,8 +227,8 @@ struct Play {
   }
 
   /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits. What a
-  /// step has under way is lost. Gives a barrier. `width` as TokenAttention::streamed has it.
-  template <int width>
+  /// step has under way is lost. Gives a barrier. `width` and `tile` as TokenAttention::streamed has them.
+  template <int width, int tile = 0>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
     const RowNow mine{slots,
@@ -235,29 +239,26 @@ struct Play {
                       play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
     stage_queries(look, queries, play.row.queries[play.now & 1]);
-    play.attention().streamed<width>(look, mine, play.row, play.ring);
+    play.attention().streamed<width, tile>(look, mine, play.row, play.ring);
   }
-  template <int width = 0>
+  template <int width = 0, int tile = 0>
   __device__ void attend_apart(int token) {
     Play copy = *this;
-    attend<width>(copy, queries_of(token), token, size - 1);
+    attend<width, tile>(copy, queries_of(token), token, size - 1);
     follow(copy);
   }
 
-  /// A row's new content where the ring holds it already; by the warp that streams the slot.
-  __device__ void patch(int slot, const void* key, const void* value) const {
+  /// A row's new content where the ring holds it already; by the warp that streams the slot. `tile`: fixed.tile, which steps know.
+  __device__ __forceinline__ void patch(int slot, const void* key, const void* value, int tile) const {
     if (!fixed.streamed) return;
-    if (stream_width(trace.key_dim, trace.value_dim) > 64)
-      TileRing<128>::patch(row.stream, ring, slot, fixed.look, key, value);
-    else
-      TileRing<64>::patch(row.stream, ring, slot, fixed.look, key, value);
+    TileRing::patch(row.stream, ring, stream_width(trace.key_dim, trace.value_dim), tile, slot, fixed.look, key, value);
   }
   /// Whether this warp streams a slot.
-  __device__ bool streams_slot(int slot) const { return warp == slot / stream_tile % stream_warps; }
+  __device__ bool streams_slot(int slot, int tile) const { return warp == tile_of(slot, tile) % stream_warps; }
 
   /// The victim goes and the last slot takes its place, whose rows are `key` and `value`: in memory, or a copy of them. State
-  /// is the caller's, `gap` as let_go()'s. The warp that streams the slot has its row, others need a barrier.
-  __device__ void remove_one(int victim, int gap, const void* key, const void* value) {
+  /// is the caller's, `gap` as let_go()'s, `tile` as patch()'s. The warp that streams the slot has its row, others need a barrier.
+  __device__ __forceinline__ void remove_one(int victim, int gap, const void* key, const void* value, int tile) {
     const int last = size - 1;
     if (gap >= 0) {
       int *rank = unit.rank, *order = unit.order;
@@ -276,12 +277,12 @@ struct Play {
         if (!absolute()) unit.rotated_at[victim] = -1;
       }
     }
-    if (victim != last && streams_slot(victim)) {
+    if (victim != last && streams_slot(victim, tile)) {
       const int lane = static_cast<int>(threadIdx.x % 32);
       copy_row(unit.keys, trace.elements, trace.key_dim, victim, key, 0, lane, 32);
       copy_row(unit.values, trace.elements, trace.value_dim, victim, value, 0, lane, 32);
       __syncwarp();
-      patch(victim, key, value);
+      patch(victim, key, value, tile);
     }
     changed = victim;
     size = last;

@@ -26,6 +26,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
   unsigned char* const policy = reinterpret_cast<unsigned char*>(shared + before_policy);
   const TraceData& trace = launch.trace;
   const bool streamed = streams(trace.elements, trace.key_dim, trace.value_dim, trace.group);
+  const int width = stream_width(trace.key_dim, trace.value_dim);
   // Under a cooperative launch whole layers are resident at a time; otherwise there is a block for every unit.
   for (int u = static_cast<int>(blockIdx.x); u < launch.unit_count; u += static_cast<int>(gridDim.x)) {
     const Unit* unit = launch.units + u;
@@ -37,11 +38,11 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       policy[i] = reinterpret_cast<const unsigned char*>(points + unit->point)[i];
     if (threadIdx.x == 0) {
       fixed.trace = launch.trace, fixed.settings = launch.settings;
-      carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group);
+      carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group, launch.ring_bytes);
       fixed.row.probabilities = unit->probabilities;
       fixed.units = launch.units, fixed.maps = &launch.maps, fixed.unit_index = u;
       fixed.logits = unit->logits, fixed.logit_stride = logit_stride(unit->capacity);
-      fixed.streamed = streamed;
+      fixed.streamed = streamed, fixed.tile = tile_slots(width, launch.ring_bytes);
     }
     if (streamed) begin_landings(fixed.row.stream);
     __syncthreads();
@@ -49,7 +50,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       clear_parts(fixed.row,
                   fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,
                   trace.group);
-    const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group);
+    const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group, launch.ring_bytes);
     const int size = play(fixed, *reinterpret_cast<const P*>(policy), memory + row_bytes);
     __syncthreads();
     if (threadIdx.x == 0) fixed.progress.size = size;
@@ -70,12 +71,12 @@ __global__ void __launch_bounds__(team_threads, 2)
   });
 }
 
-/// `width`: launch.plain_width.
-template <class P, int width>
+/// `width`, `tile`: launch.plain_width and the slots of a tile there, or 0.
+template <class P, int width, int tile>
 __global__ void __launch_bounds__(team_threads, 2) step_kernel(const __grid_constant__ Launch launch, const P* points) {
   play_units(launch, points, [&](Fixed& fixed, const P& policy, char* memory) {
     const StepRecords<P> records(fixed, policy.traits(), memory, launch.record_bytes, launch.step_slots);
-    Steps<P, width> steps(launch, fixed, policy);
+    Steps<P, width, tile> steps(launch, fixed, policy);
     steps.run();
     __syncthreads();
     records.give_back(steps.size());

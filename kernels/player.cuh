@@ -8,9 +8,10 @@
 
 namespace kv {
 
-/// `plain`: rows are known to be of bfloat16 (step_row.cuh).
-template <class P, bool plain = false>
+/// `tile`: of the streams of rows that are known to be of bfloat16 (step_row.cuh); 0 = any rows.
+template <class P, int tile = 0>
 struct Player : Play {
+  static constexpr bool plain = tile > 0;
   using PolicyType = P;
   using Slot = typename P::Slot;
   using Scratch = typename P::Scratch;
@@ -23,6 +24,7 @@ struct Player : Play {
   __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
 
   __device__ Traits traits() const { return policy.traits(); }
+  __device__ int stream_tile() const { return plain ? tile : fixed.tile; }
   static __device__ Dtype elements_of(const TraceData& trace) { return plain ? Dtype::bfloat16 : trace.elements; }
   __device__ Dtype elements() const { return elements_of(trace); }
   __device__ Dtype dtype() const { return plain ? Dtype::bfloat16 : trace.dtype; }
@@ -298,7 +300,7 @@ struct Player : Play {
       __syncthreads();
     }
     const int last = size - 1;
-    remove_one(victim, gap, key, value);
+    remove_one(victim, gap, key, value, stream_tile());
     if (!is_clerk()) return;
     if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;

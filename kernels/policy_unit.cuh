@@ -52,7 +52,7 @@ class DeviceProgramOf final : public DeviceProgram {
   }
 
   void launch(const Launch& launch, int layer_heads, std::size_t shared_bytes, cudaStream_t stream) const override {
-    const auto kernel = launch.stage == Stage::steps ? kernel_of_steps(launch.plain_width) : stage_kernel<P>;
+    const auto kernel = launch.stage == Stage::steps ? kernel_of_steps(launch) : stage_kernel<P>;
     const auto units = static_cast<unsigned>(launch.unit_count);
     if (!launch.together) return kv::launch(kernel, units, team_threads, shared_bytes, stream, launch, points_.data());
     const int resident = resident_blocks(kernel, team_threads, shared_bytes) / layer_heads * layer_heads;
@@ -64,8 +64,11 @@ class DeviceProgramOf final : public DeviceProgram {
 
  private:
   using Kernel = void (*)(Launch, const P*);
-  static Kernel kernel_of_steps(int plain_width) {
-    return plain_width == 64 ? step_kernel<P, 64> : plain_width == 128 ? step_kernel<P, 128> : step_kernel<P, 0>;
+  static Kernel kernel_of_steps(const Launch& launch) {
+    if (launch.plain_width == 0) return step_kernel<P, 0, 0>;
+    if (launch.plain_width == 64) return step_kernel<P, 64, tile_slots(64, short_ring)>;
+    return launch.ring_bytes == long_ring ? step_kernel<P, 128, tile_slots(128, long_ring)>
+                                          : step_kernel<P, 128, tile_slots(128, short_ring)>;
   }
   template <class T>
   static std::size_t size_of_data() {

@@ -6,11 +6,9 @@ namespace kv {
 
 constexpr int team_threads = 256, team_warps = team_threads / 32;
 constexpr int stream_warps = 4;  // the first warps of a team: they stream the cache, while the others serve the step
-constexpr int stream_depth = 1;  // tiles of 128 channels that a warp has under way; of 64, twice as many
-constexpr int stream_tile = 16;  // slots that a warp takes at a time
 constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
-constexpr int stream_ring_bytes = stream_depth * stream_tile * 512;  // of a warp: tiles of keys and of values
-constexpr int most_stream_depth = 2 * stream_depth;
+constexpr int short_ring = 8192;  // bytes of a warp that streams: its tile of keys and that of values
+constexpr int long_ring = 2 * short_ring;  // where the records of steps leave room
 constexpr int softmax_parts =
     8;  // most parts that a head's softmax is put together from: a warp's each, the newest slot's, the sink's
 static_assert(stream_warps + 2 <= softmax_parts);
@@ -18,11 +16,16 @@ constexpr int input_buffers = 3;  // a step's inputs: of the one before, the pre
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
+/// Slots that a warp takes at a time: 16, or 32.
+constexpr int tile_slots(int width, int ring_bytes) { return ring_bytes / (4 * width); }
+/// The tile of a slot; whole tiles in so many slots.
+constexpr int tile_of(int slot, int tile) { return static_cast<int>(static_cast<unsigned>(slot) >> (tile > 16 ? 5 : 4)); }
+
 /// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
 constexpr int stream_pitch(int width) { return width + 4; }
 
-/// Elements between the heads' queries in shared memory: apart by half of all banks, so that two rows are read at once.
-constexpr int query_pitch(int width) { return width + 32; }
+/// Elements between the heads' queries in shared memory: so that eight rows are read at once.
+constexpr int query_pitch(int width) { return width + 8; }
 
 /// Floats between the heads' logits: even, so that two neighbours are stored at once.
 constexpr int logit_stride(int slots) { return (slots + 3) / 4 * 4; }
@@ -39,12 +42,12 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 /// Whether the three parts of a policy's vector find room among the queries of a group.
 constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
 
-/// Bytes of RowMemory (token_attention.cuh) in shared memory.
-constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group) {
+/// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes.
+constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group, int ring_bytes = short_ring) {
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    bytes += stream_warps * (stream_ring_bytes + group * stream_pitch(width) * 4) +
+    bytes += stream_warps * (ring_bytes + group * stream_pitch(width) * 4) +
              (4 + 2 * stream_heads) * query_pitch(width) * 2 +         // the probe's parts, and queries
              input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
   }

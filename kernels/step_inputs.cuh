@@ -4,7 +4,7 @@
 
 namespace kv {
 
-/// By the warps that do not stream, each its share; await_copies<0>() and a barrier must follow. `streamed`: whether rows of
+/// By the warps that do not stream, each its share; close_copies(), await_copies<0>() and a barrier must follow. `streamed`: whether rows of
 /// this shape go over tensor cores, `width`: of their streams.
 struct StepInputs {
   const Play& play;
@@ -43,14 +43,11 @@ struct StepInputs {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,
                                    static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
-        const std::uint16_t* to = play.row.queries[token & 1] + g * pitch;
-#pragma unroll
-        for (int c = 2 * lane; c < 2 * lane + 128; c += 64)
-          if (c < t.key_dim) copy_4(shared_address(to + turned_channel(c)), from + c * 2, true);
+        std::uint16_t* const to = play.row.queries[token & 1] + g * pitch;
+        copy(to, from, t.key_dim * 2);
       }
       if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
     }
-    close_copies();
   }
 
  private:

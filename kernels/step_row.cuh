@@ -9,10 +9,10 @@
 
 namespace kv {
 
-/// `width`: of the streams, where rows are plain; 0 for any rows.
-template <class P, int width>
-class StepRow : protected Stages<P, (width > 0)> {
-  using Base = Stages<P, (width > 0)>;
+/// `width`, `tile`: of the streams, where rows are plain; 0 for any rows.
+template <class P, int width, int tile>
+class StepRow : protected Stages<P, tile> {
+  using Base = Stages<P, tile>;
 
  public:
   using Base::size;
@@ -49,6 +49,10 @@ class StepRow : protected Stages<P, (width > 0)> {
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
+    if (p_.is_clerk())
+      for (int token = args_.first; token < args_.first + 2; ++token) fetch_numbers(token);
+    close_copies();
+    await_copies<0>();
     __syncthreads();
     if (!streams_now()) fetch(args_.first);
     await_copies<0>();
@@ -133,21 +137,18 @@ class StepRow : protected Stages<P, (width > 0)> {
     const bool next = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
       const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
-      if (stale >= 0 && stale < last && p_.streams_slot(stale))
-        p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim));
+      if (stale >= 0 && stale < last && p_.streams_slot(stale, p_.stream_tile()))
+        p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
+                 p_.stream_tile());
       stream(now, next);
     } else {
-      if constexpr (plain) {
-        measure_row();
-#pragma unroll
-        for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
-      }
+      if constexpr (plain) measure_and_free();
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
       serve(token);
     }
     p_.stale = p_.changed = -1;
-    advance_ring(stream_width(), p_.ring, last, next);
+    TileRing::advance(p_.ring, p_.stream_tile(), last, next);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row);
@@ -167,7 +168,7 @@ class StepRow : protected Stages<P, (width > 0)> {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
-        Stream<__nv_bfloat16, width, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
+        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
         stream.run(p_.ring, next);
         named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
         stream.store();
@@ -185,20 +186,48 @@ class StepRow : protected Stages<P, (width > 0)> {
 
   static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                                   Ring ring, int kept_tiles) {
-    Stream<__nv_bfloat16, width, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
+    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
   }
 
-  /// What the warps that do not stream do for the next step; and for the one before, unless rows are plain.
+  /// What the warps that do not stream do for the next step, which must await the copies; and for the one before, unless rows
+  /// are plain.
   __device__ void serve(int token) {
     if constexpr (!plain) measure_row();
     if (token + 1 < args_.last) fetch(token + 1);
     if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
-    await_copies<0>();
   }
   __device__ void fetch(int token) const {
-    const int m = p_.settings.measured_of_token[token], row = p_.layer.row_of_token[token];
-    if (streamed()) inputs().fetch(token, m, row, p_.warp - stream_warps);
-    if (p_.is_clerk()) p_.fixed.measured[token & 1] = m;
+    const auto& numbers = p_.fixed.coming[token % 4];
+    if (streamed()) inputs().fetch(token, numbers.measured, numbers.row, p_.warp - stream_warps);
+    if (p_.is_clerk()) fetch_numbers(token + 1);
+    close_copies();
+  }
+  /// Fixed::coming of a token, by one thread.
+  __device__ void fetch_numbers(int token) const {
+    auto& numbers = p_.fixed.coming[token % 4];
+    const int there = min(token, p_.trace.tokens - 1);
+    copy_4(shared_address(&numbers.measured), p_.settings.measured_of_token + there, true);
+    copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
+  }
+
+  /// measure_row() of plain rows, which tells the warps that stream as soon as outputs are made of what they left.
+  __device__ __forceinline__ void measure_and_free() {
+    constexpr int serving_warps = serving_threads / 32;
+    const int first = p_.warp - stream_warps, group = p_.trace.group;
+    const auto output_of = [&](int g) __attribute__((always_inline)) {
+      return attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row);
+    };
+    const auto full_output = [&](int g) { return inputs().full_output(measured_token_, g, measured_); };
+    float4 output{}, other{};
+    if (measured_ >= 0 && first < group) output = output_of(first);
+    static_assert(stream_heads <= 2 * serving_warps);
+    if (measured_ >= 0 && first + serving_warps < group) other = output_of(first + serving_warps);
+#pragma unroll
+    for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
+    if (measured_ < 0) return;
+    if (first < group) compare_here(p_.fixed, first, measured_, measured_token_, output, full_output(first));
+    if (first + serving_warps < group)
+      compare_plain(p_.fixed, first + serving_warps, measured_, measured_token_, other, full_output(first + serving_warps));
   }
 
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
@@ -221,7 +250,10 @@ class StepRow : protected Stages<P, (width > 0)> {
   /// A plain row's output of head g, four channels a lane.
   static __device__ __noinline__ void compare_plain(Fixed& fixed, int g, int m, int token, float4 output,
                                                     const float* full_output) {
-    Fixed& f = by_kept_address(fixed);
+    compare_here(by_kept_address(fixed), g, m, token, output, full_output);
+  }
+  static __device__ __forceinline__ void compare_here(Fixed& f, int g, int m, int token, float4 output,
+                                                      const float* full_output) {
     const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
     OutputSums sums;
     if (c < dv) {
@@ -249,7 +281,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   __device__ void attend_again(int token, int newest_key) {
     settle_measure();
     look(token, newest_key, false);
-    p_.template attend_apart<width>(token);
+    p_.template attend_apart<width, tile>(token);
     row_of_ = newest_key < p_.now ? -1 : token;
     own_look_ = false;
   }
@@ -261,7 +293,7 @@ class StepRow : protected Stages<P, (width > 0)> {
   static __device__ __noinline__ void observe_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
                                                     int block) {
     if (fixed.trace.group > stream_heads) {
-      Player<P, plain> player(fixed, policy);
+      Player<P, tile> player(fixed, policy);
       player.size = size, player.now = now, player.phase = phase, player.block = block;
       return player.observe_row();
     }

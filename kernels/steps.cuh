@@ -10,12 +10,12 @@
 
 namespace kv {
 
-/// One unit through the tokens of a launch; `width` as StepRow's.
-template <class P, int width>
-class Steps : StepRow<P, width> {
+/// One unit through the tokens of a launch; `width` and `tile` as StepRow's.
+template <class P, int width, int tile>
+class Steps : StepRow<P, width, tile> {
  public:
-  using StepRow<P, width>::size;
-  using StepRow<P, width>::StepRow;
+  using StepRow<P, width, tile>::size;
+  using StepRow<P, width, tile>::StepRow;
 
   /// Tokens [first, last) one by one.
   __device__ void run() {
@@ -26,7 +26,7 @@ class Steps : StepRow<P, width> {
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
     await_copies<0>();
-    if (this->streamed() && streams_now()) drain_ring(this->stream_width(), p_.row.stream, p_.ring);
+    if (this->streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
     __syncthreads();
     measure_row();
     know_places();
@@ -34,8 +34,8 @@ class Steps : StepRow<P, width> {
   }
 
  private:
-  using Row = StepRow<P, width>;
-  using Played = Player<P, (width > 0)>;
+  using Row = StepRow<P, width, tile>;
+  using Played = Player<P, tile>;
   using Row::absolute;
   using Row::args_;
   using Row::asks_for_mass;
@@ -69,7 +69,7 @@ class Steps : StepRow<P, width> {
   using Row::watches;
 
   __device__ void take(int token, bool compresses) {
-    const int m = p_.fixed.measured[token & 1];  // attended, if timed, and no more
+    const int m = p_.fixed.coming[token % 4].measured;  // attended, if timed, and no more
     const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
     const bool due = p_.due(token), attends = m >= 0 || observes;
     const bool prepares = prepares_ || !own_look_ || !attends;
@@ -89,64 +89,13 @@ class Steps : StepRow<P, width> {
     stop_clock(TimedPhase::append);
     if (attends) {
       pass(token, !prepares);
-    } else {
-      Steps copy = *this;
-      pass_by(copy, token);
+      measured_ = args_.timed ? -1 : m, measured_token_ = token;
     }
-    stop_clock(TimedPhase::attend);
-    measured_ = args_.timed ? -1 : m, measured_token_ = token;
-    if (m >= 0 && asks_for_mass()) {
-      Steps copy = *this;
-      measure_mass_too(copy, token, m, observes);
-      follow(copy);
-    }
-    if (due && compresses) {
-      compress_step(token, observes);
-    } else {
-      Steps copy = *this;
-      grow(copy, token, observes);
-    }
-  }
-
-  // What is seldom needed works on a copy, so that what the steps hold can stay in registers.
-
-  __device__ void follow(const Steps& copy) {
-    Row::follow(copy);
-    buffer_ = copy.buffer_, turn_ = copy.turn_, meetings_ = copy.meetings_, placeless_ = copy.placeless_;
-  }
-
-  /// A step in which nobody attends.
-  static __device__ __noinline__ void pass_by(Steps& s, int token) {
-    if (!s.streams_now()) {
-      if constexpr (width > 0) s.measure_row();
-      s.serve(token);
-    } else if (copies_boxes) {
-      written_to_device();  // rows that changed, before another takes their place in `changed`
-    }
-  }
-
-  /// The end of a step that does not compress.
-  static __device__ __noinline__ void grow(Steps& s, int token, bool observes) {
-    const int newest = s.p_.size - 1;
-    if (observes) s.observe();
-    __syncthreads();
-    if (s.p_.streams_slot(newest)) s.p_.patch(newest, s.inputs().key(token), s.inputs().value(token));
-    s.stop_clock(TimedPhase::observe);
-  }
-
-  static __device__ __noinline__ void measure_mass_too(Steps& s, int token, int m, bool observes) {
-    s.settle_measure();
-    s.mass(m, token, s.bias_);
-    s.row_of_ = -1, s.own_look_ = false;
-    if (observes) s.attend_again(token, 0x7fffffff);
-  }
-
-  static __device__ __noinline__ void attend_again_apart(Steps& s, int token, int newest_key) {
-    s.attend_again(token, newest_key);
-  }
-
-  __device__ void compress_step(int token, bool observes) {
-    if (evicts_one()) {
+    const bool masses = m >= 0 && asks_for_mass(), falls_due = due && compresses;
+    const bool ranks = attends && falls_due && !masses && evicts_one();
+    if (ranks) {
+      stop_clock(TimedPhase::attend);
+      if (!streams_now()) await_copies<0>();  // the next step's inputs; a barrier follows
       const int victim = observe_and_rank(token, observes);
       stop_clock(TimedPhase::score);
       if (victim >= 0) {
@@ -154,36 +103,72 @@ class Steps : StepRow<P, width> {
         stop_clock(TimedPhase::compact);
         return;
       }
-    } else {
-      if (observes) observe();
-      __syncthreads();
-      stop_clock(TimedPhase::observe);
     }
     Steps copy = *this;
-    compress_rounds(copy, token);
+    go_on(copy, token, {m, attends, observes, masses, ranks, falls_due});
     follow(copy);
   }
 
-  /// Rounds of scoring, choosing and folding of as many slots as there are too many.
-  static __device__ __noinline__ void compress_rounds(Steps& s, int token) {
-    auto& p = s.p_;
-    s.know_places();
-    for (bool more = true; more;) {
-      s.start_clock();
-      const int rows = s.look_window(token);
-      s.stop_clock(TimedPhase::observe);
-      s.look_around();
-      p.score(rows);
-      s.stop_clock(TimedPhase::score);
-      classify(p.fixed, p.size, p.now, s.links(), s.buffer_);
-      if (s.together()) s.meet();
-      p.compress(s.buffer_, rows);
-      if (s.together()) s.buffer_ ^= 1;
-      s.stop_clock(TimedPhase::compact);
-      more = p.over_budget();
-      s.row_of_ = -1, p.probe_known = false;  // slots have moved
+  /// What a step has come to that does not end as most do, with one slot evicted by its score.
+  struct Course {
+    int m;
+    bool attends, observes, masses, ranked, compresses;
+  };
+  /// The rest of such a step. Works on a copy, so that what the others hold can stay in registers, and is out of their way.
+  static __device__ __noinline__ void go_on(Steps& s, int token, Course course) {
+    if (!course.attends) s.pass_by(token);
+    if (!course.ranked) s.stop_clock(TimedPhase::attend);
+    if (course.masses) {
+      s.settle_measure();
+      s.mass(course.m, token, s.bias_);
+      s.row_of_ = -1, s.own_look_ = false;
+      if (course.observes) s.attend_again(token, 0x7fffffff);
     }
-    if (p.is_clerk()) ++p.progress.compressions;
+    if (!s.streams_now()) await_copies<0>();
+    if (!course.ranked) {
+      if (course.observes) s.observe();
+      __syncthreads();
+      s.stop_clock(TimedPhase::observe);
+    }
+    if (course.compresses) return s.compress_rounds(token);
+    const int newest = s.p_.size - 1, of = s.p_.stream_tile();
+    if (s.p_.streams_slot(newest, of)) s.p_.patch(newest, s.inputs().key(token), s.inputs().value(token), of);
+  }
+
+  /// A step in which nobody attends.
+  __device__ void pass_by(int token) {
+    if (!streams_now()) {
+      if constexpr (width > 0) measure_row();
+      serve(token);
+    } else if (copies_boxes) {
+      written_to_device();  // rows that changed, before another takes their place in `changed`
+    }
+    measured_ = -1;
+  }
+
+  static __device__ __noinline__ void attend_again_apart(Steps& s, int token, int newest_key) {
+    s.attend_again(token, newest_key);
+  }
+
+  /// Rounds of scoring, choosing and folding of as many slots as there are too many.
+  __device__ void compress_rounds(int token) {
+    know_places();
+    for (bool more = true; more;) {
+      start_clock();
+      const int rows = look_window(token);
+      stop_clock(TimedPhase::observe);
+      look_around();
+      p_.score(rows);
+      stop_clock(TimedPhase::score);
+      classify(p_.fixed, p_.size, p_.now, links(), buffer_);
+      if (together()) meet();
+      p_.compress(buffer_, rows);
+      if (together()) buffer_ ^= 1;
+      stop_clock(TimedPhase::compact);
+      more = p_.over_budget();
+      row_of_ = -1, p_.probe_known = false;  // slots have moved
+    }
+    if (p_.is_clerk()) ++p_.progress.compressions;
     if constexpr (copies_boxes) written_to_device();
     __syncthreads();
   }

@@ -5,9 +5,9 @@
 // rows: what a warp will need first for the next row is under way while hooks run, and a slot that changes meanwhile is
 // patched in the ring. Behind the last slot a tile holds what was there before: numbers, which count nothing.
 //
-// Products are mma.m16n8k16: queries times keys, then values times probabilities. The order of channels inside a dot product
-// is free: each lane takes 8 neighbouring channels of a row as one load. A policy's probe vector goes along as three more
-// rows. Probabilities enter the second product as two 16-bit words.
+// Products are mma.m16n8k16: keys times queries, then values times probabilities, whose right operands have room for eight
+// heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's probe vector
+// goes along as three more rows of queries.
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/tensor_words.cuh"
@@ -16,16 +16,14 @@
 namespace kv {
 
 /// A warp's lane in a stream: what it fetches, and its part of the outputs. `width` is the key and value dimension rounded
-/// up to 64 or 128. Addresses in shared memory are 32-bit ones: generic ones cost an instruction each. `plain`: logits are
-/// neither bent nor hidden, and biased where `biased` says so.
-template <class Element, int width, Probing probing, bool plain = false, bool biased = false>
-class Stream : TileRing<width> {
+/// up to 64 or 128, `tile` the slots of a tile. Addresses in shared memory are 32-bit ones: generic ones cost an instruction
+/// each. `plain`: logits are neither bent nor hidden, and biased where `biased` says so.
+template <class Element, int width, int tile, Probing probing, bool plain = false, bool biased = false>
+class Stream : TileRing {
  public:
-  using Base = TileRing<width>;
-  using Base::box_bytes, Base::depth, Base::stage_bytes, Base::tile_bytes;
-  static constexpr int key_chunks = width / 32, value_blocks = width / 16;
-  static constexpr unsigned row_chunks = width / 8;
-  static constexpr float headroom = 8;  // probabilities may grow to 2^8 before sums are scaled anew
+  static constexpr int row_blocks = tile / 16, channel_blocks = width / 16;
+  static constexpr unsigned half_bytes = TileRing::half_bytes(tile), tile_bytes = TileRing::tile_bytes(width, tile);
+  static constexpr float headroom = 8 * ln_2;  // probabilities may grow to 2^8 before sums are scaled anew
 
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` as well.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
@@ -36,266 +34,332 @@ class Stream : TileRing<width> {
         from_(from),
         unit_(same_in_warp(from.unit)),
         warp_(warp_of_team()),
-        tiles_(same_in_warp(tiles_of(now.slots + stream_tile - 1))),
-        changed_(same_in_warp(now.changed < 0 ? -1 : tiles_of(now.changed))),
-        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tiles_of(now.slots) : 0),
+        tiles_(same_in_warp(tile_of(now.slots + tile - 1, tile))),
+        changed_(same_in_warp(now.changed < 0 ? -1 : tile_of(now.changed, tile))),
+        simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tile_of(now.slots, tile)
+                                                                                           : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
+        both_at_once_(probing != Probing::among_queries && same_in_warp(look.group) <= stream_heads / 2),
         scale_(look.scale),
-        logits_(look.logits && row() < look.group
-                    ? look.logits + static_cast<long>(row()) * look.logit_stride + column()
+        logits_(look.logits && head() < look.group
+                    ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
                     : nullptr),
-        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_ * stream_ring_bytes)),
+        next_logits_(head() + 1 < look.group ? look.logit_stride : 0),
+        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_) * 2 * tile_bytes),
         landed_(keep(landed_of(memory, warp_))),
-        query_(
-            keep(shared_address(now.queries) + static_cast<unsigned>(row() * query_pitch(width) + column() * 8) * 2)),
-        key_at_(keep(ring_ + place(row_of(row()), static_cast<unsigned>(column())))),
-        value_at_(keep(ring_ + tile_bytes + place(lane() / 16 * 8 + row_of(lane() % 8), lane() / 8 & 1))) {}
+        query_(keep(shared_address(now.queries) +
+                    ((both_at_once_ ? lane() % 4 : lane() % 8) * query_pitch(width) + lane() / 8 * 8) * 2)),
+        key_at_(keep(ring_ + swizzled_place(lane() % 16, lane() / 16, half_bytes))),
+        value_at_(
+            keep(ring_ + tile_bytes + swizzled_place(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, half_bytes))) {}
 
-  /// Copies this warp's first tiles, unless they are on their way.
+  /// Copies this warp's first tile, unless it is on its way.
   __device__ __forceinline__ void start(const Ring& ring) const {
     if (ring.running) return;
     drain(memory_, ring);
-#pragma unroll
-    for (int i = 0; i < depth; ++i) {
-      const unsigned stage = (same_in_warp(first_turn(ring)) + static_cast<unsigned>(i)) % depth;
-      fetch<true>(warp_ + i * stream_warps, stage), fetch<false>(warp_ + i * stream_warps, stage);
-    }
+    fetch<true>(warp_), fetch<false>(warp_);
   }
 
-  /// The whole row: this warp's tiles, every stream_warps-th, after start(). `next`: start the first tiles again at the end, for
-  /// the next row over the same cache. store() and advance() must follow.
+  /// The whole row: this warp's tiles, every stream_warps-th, after start(). `next`: start the first one again at the end, for
+  /// the next row over the same cache. store() and TileRing::advance() must follow.
   __device__ __forceinline__ void run(const Ring& ring, bool next) {
     unsigned turn = same_in_warp(first_turn(ring));
     const bool again = next && goes_on(tiles_);
-    bool keys_there = Base::template has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
+    bool keys_there = has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
 #pragma unroll 1
-    for (int tile = warp_; tile < tiles_; tile += stream_warps) {
-      int after = tile + depth * stream_warps;
-      if (after >= tiles_) after = again ? first_tiles(after) : tiles_;
-      const unsigned stage = turn % depth, at = stage * stage_bytes;
-      if (!keys_there) Base::template await<true>(landed_, turn);
-      float dots[2][2];
-      dot_keys(at, tile, dots);
+    for (int at = warp_; at < tiles_; at += stream_warps) {
+      int after = at + stream_warps;
+      if (after >= tiles_) after = again ? warp_ : tiles_;
+      if (!keys_there) await<true>(landed_, turn);
+      float dots[row_blocks][4];
+      dot_keys(at, dots);
       __syncwarp();  // every lane has read its keys
-      const bool values_there = Base::template has_landed<false>(landed_, turn);
-      fetch<true>(after, stage);
-      if (!values_there) Base::template await<false>(landed_, turn);
+      const bool values_there = has_landed<false>(landed_, turn);
+      fetch<true>(after);
+      if (!values_there) await<false>(landed_, turn);
       uint4 rows[4];
-      read_values(at, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
-      unsigned high[2], low[2];
-      soften(tile, dots, high, low);
-      add_values(at, rows, high, low);
+      read_values(0, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
+      unsigned high[row_blocks][2], low[row_blocks][2];
+      soften(at, dots, high, low);
+      add_values<true>(rows, high, low);
+      if (probing != Probing::among_queries && !both_at_once_) add_values<false>(rows, low, low);
       __syncwarp();
       ++turn;
-      keys_there = Base::template has_landed<true>(landed_, turn);
-      fetch<false>(after, stage);
+      keys_there = has_landed<true>(landed_, turn);
+      fetch<false>(after);
     }
   }
 
   /// The warp's part of every head's output, unnormalised; of all channels, there or not.
   __device__ __forceinline__ void store() {
-    sum_ += __shfl_xor_sync(~0u, sum_, 1);
-    sum_ += __shfl_xor_sync(~0u, sum_, 2);
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int k = 4; k < 32; k *= 2) sum_[e] += __shfl_xor_sync(~0u, sum_[e], k);
     const int group = look_.group;
+    if (row() == 0)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (head() + e < group) memory_.parts[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
     constexpr unsigned pitch = stream_pitch(width) * 4;
-    if (column() == 0 && row() < group) memory_.parts[row() * softmax_parts + warp_] = {most_, sum_};
-    const unsigned head = 2 * static_cast<unsigned>(column());
-    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp_ * group) * pitch + head * pitch +
+    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp_ * group) * pitch +
                         static_cast<unsigned>(row()) * 4;
+    if (!both_at_once_) {
 #pragma unroll
-    for (unsigned side = 0; side < 2; ++side)
-      if (static_cast<int>(head + side) < group)
+      for (int b = 0; b < channel_blocks; ++b) store_block(to, head(), group, b, output_[b]);
+      return;
+    }
+    // A lane has high words' products, the one two further low words'. Each keeps the sums of every other block.
+    const bool lower = column() < 2;
 #pragma unroll
-        for (unsigned b = 0; b < value_blocks; ++b) {
-          store_shared(to + side * pitch + b * 64, output_[b][side]);
-          store_shared(to + side * pitch + b * 64 + 32, output_[b][side + 2]);
-        }
+    for (int b = 0; b < channel_blocks; b += 2)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float even = output_[b][e], odd = output_[b + 1][e];
+        output_[b][e] = lower ? even : odd;
+        output_[b + 1][e] = __shfl_xor_sync(~0u, lower ? odd : even, 2);
+      }
+#pragma unroll
+    for (int b = 0; b < channel_blocks; b += 2) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) output_[b][e] += output_[b + 1][e];
+      store_block(to + (lower ? 0 : 64), head() % 4, group, b, output_[b]);
+    }
   }
 
  private:
-  using Base::barrier_of, Base::drain, Base::first_turn, Base::goes_on, Base::landed_of, Base::place, Base::row_of;
-
-  /// Whole tiles; one instruction, made again in every loop.
-  __device__ static int tiles_of(int slots) { return static_cast<int>(static_cast<unsigned>(slots) / stream_tile); }
   __device__ static unsigned lane() { return threadIdx.x % 32; }
-  __device__ static int row() { return static_cast<int>(lane() / 4); }     // of products: a head, a channel
-  __device__ static int column() { return static_cast<int>(lane() % 4); }  // a pair of slots, a pair of heads
+  __device__ static int row() { return static_cast<int>(lane() / 4); }  // of products: a slot, a channel
+  __device__ static int column() { return static_cast<int>(lane() % 4); }
+  __device__ static int head() { return 2 * column(); }  // of products' columns, this and the next
 
   /// A number that the compiler shall keep rather than compute again from the thread's index, tile after tile.
   __device__ static unsigned keep(unsigned x) { return __shfl_sync(~0u, x, static_cast<int>(lane())); }
 
-  /// The tile of the next row that this warp's tile `beyond`, which is not there, stands for.
-  __device__ int first_tiles(int beyond) const {
-    if constexpr (depth == 1) return warp_;
-    return beyond - (tiles_ - warp_ + stream_warps - 1) / stream_warps * stream_warps;
-  }
-
-  /// Starts copying a tile of keys or values to a stage; nothing beyond the last tile.
+  /// Starts copying a tile of keys or values; nothing beyond the last tile.
   template <bool keys>
-  __device__ __forceinline__ void fetch(int tile, unsigned stage) const {
-    const unsigned to = ring_ + stage * stage_bytes + (keys ? 0 : tile_bytes);
+  __device__ __forceinline__ void fetch(int which) const {
+    const unsigned to = ring_ + (keys ? 0 : tile_bytes);
     if constexpr (copies_boxes) {
-      if (keys) written_to_device(tile == changed_);
-      if (is_elected() && tile < tiles_) {
-        const uint64_t wish = tile < kept_tiles_ ? stay_long : others_;
+      if (keys) written_to_device(which == changed_);
+      if (is_elected() && which < tiles_) {
+        const uint64_t wish = which < kept_tiles_ ? stay_long : others_;
         const TileMap* const map = keys ? from_.keys : from_.values;
-        const unsigned barrier = Base::template barrier_of<keys>(landed_, stage);
+        const unsigned barrier = barrier_of<keys>(landed_);
         barrier_expect(barrier, tile_bytes);
 #pragma unroll
-        for (unsigned i = 0; i < tile_bytes / box_bytes; ++i)
-          copy_box(to + i * box_bytes, map, static_cast<int>(i) * 64, tile * stream_tile, unit_, barrier, wish);
+        for (unsigned i = 0; i < width / 64; ++i)
+          copy_box(to + i * half_bytes, map, static_cast<int>(i) * 64, which * tile, unit_, barrier, wish);
       }
     } else {
       fetch_by_lanes(static_cast<const char*>(keys ? look_.keys : look_.values), keys ? look_.key_dim : look_.value_dim,
-                     tile, to);
+                     which, to);
     }
   }
   /// fetch() by every lane's copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies in any case.
-  __device__ void fetch_by_lanes(const char* rows, int dim, int tile, unsigned to) const {
-    constexpr int copies = tile_bytes / 512, rows_a_copy = stream_tile / copies;
+  __device__ void fetch_by_lanes(const char* rows, int dim, int which, unsigned to) const {
+    constexpr unsigned row_chunks = width / 8, copies = tile_bytes / 512, rows_a_copy = tile / copies;
     const unsigned first = lane() / row_chunks, chunk = lane() % row_chunks;
 #pragma unroll
-    for (unsigned i = 0; i < copies && tile < tiles_; ++i) {
+    for (unsigned i = 0; i < copies && which < tiles_; ++i) {
       const unsigned row = first + i * rows_a_copy;
-      const int slot = tile * stream_tile + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
+      const int slot = which * tile + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
       const bool there = slot < now_.slots && channel < dim;
-      copy_16(to + place(row, chunk), there ? rows + (static_cast<long>(slot) * dim + channel) * 2 : rows, there);
+      copy_16(to + swizzled_place(row, chunk, half_bytes),
+              there ? rows + (static_cast<long>(slot) * dim + channel) * 2 : rows, there);
     }
     close_copies();
   }
 
-  /// Queries are the left operand, heads its first rows: 16-byte loads hold the words of two products, one in the place of
-  /// rows 0 to 7, one in that of rows 8 to 15, whose other halves are not looked at. In probing the same goes for three
-  /// parts of the policy's vector in the rows of heads.
-  __device__ __forceinline__ void dot_keys(unsigned stage_at, int tile, float (&dots)[2][2]) const {
-    float first[2][4] = {}, second[2][4] = {}, probe_first[2][4] = {}, probe_second[2][4] = {};
-    const unsigned probe_at =
-        probing == Probing::apart
-            ? shared_address(memory_.probe) + static_cast<unsigned>((row() % 4) * query_pitch(width) + column() * 8) * 2
-            : 0;
+  /// Where this lane's row of the b-th block of 16 channels lies, in the m-th of 16 slots: of keys, of values.
+  __device__ static unsigned place(unsigned first, int b, int m) {
+    return (first ^ static_cast<unsigned>(b % 4) * 32) + static_cast<unsigned>(b / 4) * half_bytes +
+           static_cast<unsigned>(m) * 16 * 128;
+  }
+
+  /// Keys are the left operand, a slot a row; all heads' queries are the right one. Even and odd blocks of channels are added
+  /// up apart: products wait for the last one of the same sum.
+  __device__ __forceinline__ void dot_keys(int which, float (&dots)[row_blocks][4]) const {
+    float sum[2][row_blocks][4] = {}, probe[2][row_blocks][4] = {};
+    const unsigned probe_at = probing == Probing::apart
+                                  ? shared_address(memory_.probe) + (lane() % 4 * query_pitch(width) + lane() / 8 * 8) * 2
+                                  : 0;
+    const auto multiply = [](float(&to)[4], const uint4& keys, const uint4& right, int k) {
+      Words<Element>::mma(to, {keys.x, keys.y, keys.z, keys.w}, k == 0 ? right.x : right.z, k == 0 ? right.y : right.w);
+    };
+    constexpr int ahead = 2;
+    uint4 query[2], key[ahead + 1][row_blocks];
+    const auto read = [&](int b) __attribute__((always_inline)) {
+      if (b % 2 == 0) query[b / 2 % 2] = load_matrices(query_ + static_cast<unsigned>(b) * 32);
 #pragma unroll
-    for (int j0 = 0; j0 < key_chunks; j0 += 2) {
-      uint4 query[2], key[2][2];
+      for (int m = 0; m < row_blocks; ++m) key[b % (ahead + 1)][m] = load_matrices(place(key_at_, b, m));
+    };
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int j = j0 + k;
-        query[k] = load_shared(query_ + static_cast<unsigned>(j) * 64);
-        // Chunk column() + 4 j of the key.
-        const unsigned at =
-            (key_at_ ^ static_cast<unsigned>(j & 1) * 64) + stage_at + static_cast<unsigned>(j / 2) * box_bytes;
+    for (int b = 0; b < ahead; ++b) read(b);
 #pragma unroll
-        for (int t = 0; t < 2; ++t) key[k][t] = load_shared(at + static_cast<unsigned>(t) * 8 * 128);
-      }
+    for (int b = 0; b < channel_blocks; ++b) {
+      if (b + ahead < channel_blocks) read(b + ahead);
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
+      const int k = b % 2;
 #pragma unroll
-      for (int k = 0; k < 2; ++k)
+      for (int m = 0; m < row_blocks; ++m) multiply(sum[k][m], key[b % (ahead + 1)][m], query[b / 2 % 2], k);
+      if constexpr (probing == Probing::apart) {
+        const uint4 vector = load_matrices(probe_at + static_cast<unsigned>(b / 2) * 64);
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const uint32_t a[4] = {query[k].x, query[k].y, query[k].z, query[k].w};
-          Words<Element>::mma(first[t], a, key[k][t].x, key[k][t].y);
-          Words<Element>::mma(second[t], a, key[k][t].z, key[k][t].w);
-          if constexpr (probing == Probing::apart) {
-            const uint4 probe = load_shared(probe_at + static_cast<unsigned>(j0 + k) * 64);
-            Words<Element>::mma(probe_first[t], {probe.x, probe.y, probe.z, probe.w}, key[k][t].x, key[k][t].y);
-            Words<Element>::mma(probe_second[t], {probe.x, probe.y, probe.z, probe.w}, key[k][t].z, key[k][t].w);
-          }
-        }
+        for (int m = 0; m < row_blocks; ++m) multiply(probe[k][m], key[b % (ahead + 1)][m], vector, k);
+      }
     }
 #pragma unroll
-    for (int t = 0; t < 2; ++t)
+    for (int m = 0; m < row_blocks; ++m) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        dots[t][i] = first[t][i] + second[t][2 + i];
-        const int slot = tile * stream_tile + t * 8 + i * 4 + column();
-        if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[t][i], look_.group);
-        if constexpr (probing == Probing::apart) keep_probe(slot, probe_first[t][i] + probe_second[t][2 + i], 0);
+      for (int e = 0; e < 4; ++e) dots[m][e] = sum[0][m][e] + sum[1][m][e];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int slot = slot_of(which, m, h);
+        if constexpr (probing == Probing::among_queries)
+          keep_probe(slot, dots[m][2 * h], dots[m][2 * h + 1], look_.group);
+        if constexpr (probing == Probing::apart)
+          keep_probe(slot, probe[0][m][2 * h] + probe[1][m][2 * h], probe[0][m][2 * h + 1] + probe[1][m][2 * h + 1], 0);
       }
+    }
+  }
+  __device__ static int slot_of(int which, int m, int half) { return which * tile + m * 16 + half * 8 + row(); }
+
+  /// Columns `first`, first + 1 and first + 2 of the product are the probe's three parts.
+  __device__ void keep_probe(int slot, float left, float right, int first) const {
+    const float next_left = __shfl_down_sync(~0u, left, 1), next_right = __shfl_down_sync(~0u, right, 1);
+    const float dot = first % 2 == 0 ? left + (right + next_left) : right + (next_left + next_right);
+    if (column() == first / 2 && slot < now_.slots) look_.probe[slot] = dot;
   }
 
-  /// Where this lane's row of the b-th block of 16 channels lies.
-  __device__ unsigned value_place(unsigned stage_at, int b) const {
-    return (value_at_ ^ static_cast<unsigned>(b % 4) * 32) + stage_at + static_cast<unsigned>(b / 4) * box_bytes;
-  }
-
-  /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words.
-  __device__ __forceinline__ void soften(int tile, const float (&dots)[2][2], unsigned (&high)[2], unsigned (&low)[2]) {
-    float x[4];  // in units of log 2
-    if (tile < simple_tiles_) {
+  /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words: as right
+  /// operands, those of heads from 4 on the low ones where both go at once.
+  __device__ __forceinline__ void soften(int which, float (&x)[row_blocks][4], unsigned (&high)[row_blocks][2],
+                                         unsigned (&low)[row_blocks][2]) {
+    if (which < simple_tiles_) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = dots[i / 2][i % 2] * scale_;
+      for (auto& of_block : x)
+#pragma unroll
+        for (float& each : of_block) each *= scale_;
       if (logits_) {
-        float* const logits = logits_ + tile * stream_tile;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) logits[i * 4] = x[i];
+        for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) keep_logits(which * tile + m * 16 + h * 8, x[m][2 * h], x[m][2 * h + 1]);
       }
       if constexpr (plain && biased) {
-        const float* const bias = look_.bias + tile * stream_tile + column();
+        const float* const bias = look_.bias + which * tile + row();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] += bias[i * 4];
+        for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float theirs = bias[m * 16 + h * 8];
+            x[m][2 * h] += theirs, x[m][2 * h + 1] += theirs;
+          }
       }
-#pragma unroll
-      for (float& each : x) each *= log2_e;
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = bent_logit(tile * stream_tile + i * 4, dots[i / 2][i % 2]);
+      for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) bend(which * tile + m * 16 + h * 8, x[m][2 * h], x[m][2 * h + 1]);
     }
-    const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    if (__any_sync(~0u, most > most_ + headroom)) rescale(most);
-    const float base = most_ == -INFINITY ? 0.f : most_;
-    float p[4];
+    float most[2] = {x[0][0], x[0][1]};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[i] = exp2_fast(x[i] - base);
-    sum_ += (p[0] + p[1]) + (p[2] + p[3]);
+    for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
-    for (int t = 0; t < 2; ++t) Words<Element>::split(p[2 * t], p[2 * t + 1], high[t], low[t]);
+      for (int e = m == 0 ? 2 : 0; e < 4; ++e) most[e % 2] = fmaxf(most[e % 2], x[m][e]);
+    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom)) rescale(most);
+    const float base[2] = {base_of(most_[0]), base_of(most_[1])};
+#pragma unroll
+    for (int m = 0; m < row_blocks; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][e] = exp2_fast(__fmaf_rn(x[m][e], log2_e, -base[e % 2]));
+      sum_[0] += x[m][0] + x[m][2], sum_[1] += x[m][1] + x[m][3];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) Words<Element>::split(x[m][2 * h], x[m][2 * h + 1], high[m][h], low[m][h]);
+    }
+#pragma unroll
+    for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) high[m][h] = turn_matrix(both_at_once_ && column() >= 2 ? low[m][h] : high[m][h]);
+    if (!both_at_once_)
+#pragma unroll
+      for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) low[m][h] = turn_matrix(low[m][h]);
   }
 
-  /// The logit of a slot, a column into the row of logits, under whatever bends or hides it, kept; and with its bias in
-  /// units of log 2.
-  __device__ float bent_logit(int at, float dot) const {
-    const int slot = at + column();
+  /// The logits of this lane's two heads, `at` columns into their rows.
+  __device__ void keep_logits(int at, float left, float right) const {
+    logits_[at] = left;
+    if (next_logits_ > 0) logits_[at + next_logits_] = right;
+  }
+
+  /// The logits of a slot, a row on from `at`, under whatever bends or hides them, kept; and with its bias.
+  __device__ void bend(int at, float& left, float& right) const {
+    const int slot = at + row();
     const bool there = slot < now_.slots && (plain || !(look_.masked && look_.hidden(slot, now_.query_token)));
-    const float logit = !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
-    if (logits_ && slot < now_.slots) logits_[at] = logit;
-    return ((!plain || biased) && look_.bias && there ? logit + look_.bias[slot] : logit) * log2_e;
+    const auto logit = [&](float dot) {
+      return !there ? -INFINITY : plain ? dot * scale_ : detail::logit_of(look_, dot);
+    };
+    left = logit(left), right = logit(right);
+    if (logits_ && slot < now_.slots) keep_logits(at, left, right);
+    if ((!plain || biased) && look_.bias && there) left += look_.bias[slot], right += look_.bias[slot];
   }
 
-  /// Rows `first`, first + 1 and first + 2 of the product are the probe's three parts.
-  __device__ void keep_probe(int slot, float dot, int first) const {
-    const float second = __shfl_down_sync(~0u, dot, 4), third = __shfl_down_sync(~0u, dot, 8);
-    if (row() == first && slot < now_.slots) look_.probe[slot] = dot + (second + third);
-  }
+  /// What the exponents of a head are relative to, in units of log 2.
+  __device__ static float base_of(float most) { return most == -INFINITY ? 0.f : most * log2_e; }
 
-  __device__ void rescale(float most) {
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    const float next = fmaxf(most_, most), factor = next == -INFINITY ? 1.f : exp2_fast(most_ - next);
-    most_ = next, sum_ *= factor;
-    const float one = __shfl_sync(~0u, factor, 8 * column()), other = __shfl_sync(~0u, factor, 8 * column() + 4);
+  __device__ void rescale(const float (&most)[2]) {
+    float factor[2];
 #pragma unroll
-    for (auto& part : output_) part[0] *= one, part[1] *= other, part[2] *= one, part[3] *= other;
-  }
-
-  /// Rows of four blocks of 16 channels.
-  __device__ __forceinline__ void read_values(unsigned stage_at, int first, uint4 (&rows)[4]) const {
+    for (int e = 0; e < 2; ++e) {
+      float next = fmaxf(most[e], most_[e]);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_turned(value_place(stage_at, first + i));
-  }
-  /// Values are the left operand, a channel a row; the probabilities of all heads are the right one, as they came out of
-  /// the dots. `rows`: of the first four blocks.
-  __device__ __forceinline__ void add_values(unsigned stage_at, uint4 (&rows)[4], const unsigned (&high)[2],
-                                             const unsigned (&low)[2]) {
-#pragma unroll
-    for (int b = 0; b < value_blocks; b += 4) {
-      if (b > 0) read_values(stage_at, b, rows);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, high[0], high[1]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, low[0], low[1]);
+      for (int k = 4; k < 32; k *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, k));
+      factor[e] = next == -INFINITY ? 1.f : exp2_fast(most_[e] * log2_e - next * log2_e);
+      most_[e] = next, sum_[e] *= factor[e];
     }
+#pragma unroll
+    for (auto& part : output_)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) part[e] *= factor[e % 2];
+  }
+
+  /// Rows of four blocks of 16 channels, from the first-th on, in the m-th of 16 slots.
+  __device__ __forceinline__ void read_values(int first, int m, uint4 (&rows)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[i] = load_turned(place(value_at_, first + i, m));
+  }
+  /// Values are the left operand, a channel a row. `rows`: of the first four blocks, where they are `there`. `low` is of use
+  /// where rows are known not to go at once with `words`.
+  template <bool there>
+  __device__ __forceinline__ void add_values(uint4 (&rows)[4], const unsigned (&words)[row_blocks][2],
+                                             const unsigned (&low)[row_blocks][2]) {
+#pragma unroll
+    for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+      for (int b = 0; b < channel_blocks; b += 4) {
+        if (!there || m > 0 || b > 0) read_values(b, m, rows);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, words[m][0], words[m][1]);
+        if constexpr (probing == Probing::among_queries)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, low[m][0], low[m][1]);
+      }
+  }
+
+  /// Sums of the b-th block of 16 channels, of a head and the next, to where they are of use.
+  __device__ __forceinline__ void store_block(unsigned to, int first_head, int group, int b,
+                                              const float (&sum)[4]) const {
+    constexpr unsigned pitch = stream_pitch(width) * 4;
+    const unsigned at = to + static_cast<unsigned>(first_head) * pitch + static_cast<unsigned>(b) * 64;
+#pragma unroll
+    for (unsigned e = 0; e < 4; ++e)
+      if (first_head + static_cast<int>(e % 2) < group) store_shared(at + e % 2 * pitch + e / 2 * 32, sum[e]);
   }
 
   const RowLook& look_;  // in shared memory: what is not of every tile is read there
@@ -303,23 +367,25 @@ class Stream : TileRing<width> {
   StreamMemory& memory_;
   const StreamSource& from_;
   const int unit_, warp_, tiles_;
-  const int changed_;       // a tile that the warp wrote to, or -1
-  const int simple_tiles_;  // of logits neither bent, biased nor hidden
-  const int kept_tiles_;    // that stay in the second-level cache; -1 = no wishes
-  const uint64_t others_;   // the wish for the rest
+  const int changed_;        // a tile that the warp wrote to, or -1
+  const int simple_tiles_;   // of logits neither bent, biased nor hidden
+  const int kept_tiles_;     // that stay in the second-level cache; -1 = no wishes
+  const uint64_t others_;    // the wish for the rest
+  const bool both_at_once_;  // both words of probabilities, in the columns of four heads each
   const float scale_;
-  float* const logits_;  // of head row(), from slot column(); null beyond the group, or where nobody asks
+  float* const logits_;    // of head(), from slot row(); null beyond the group, or where nobody asks
+  const int next_logits_;  // from there to the next head's; 0 beyond the group
   const unsigned ring_, landed_, query_;
-  const unsigned key_at_, value_at_;  // this lane's in the first stage
-  float output_[value_blocks][4] = {};
-  float most_ = -INFINITY, sum_ = 0;
+  const unsigned key_at_, value_at_;  // where this lane's rows begin
+  float output_[channel_blocks][4] = {};
+  float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {0, 0};
 };
 
 /// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
-template <class Element, int width, Probing probing>
+template <class Element, int width, int tile, Probing probing>
 __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                             const Ring& ring, bool next) {
-  Stream<Element, width, probing> stream(look, now, memory, look.from, look.kept_tiles);
+  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles);
   stream.start(ring);
   stream.run(ring, next);
   stream.store();
@@ -329,10 +395,11 @@ __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& n
 template <class Element, int width>
 __device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, StreamMemory& memory, const Ring& ring,
                                         bool next) {
+  constexpr int tile = tile_slots(width, short_ring);
   if (look.probe_vector)
-    stream_here<Element, width, Probing::apart>(look, now, memory, ring, next);
+    stream_here<Element, width, tile, Probing::apart>(look, now, memory, ring, next);
   else
-    stream_here<Element, width, Probing::none>(look, now, memory, ring, next);
+    stream_here<Element, width, tile, Probing::none>(look, now, memory, ring, next);
 }
 
 /// stream_row() of rows stored as `elements`, 16 bits each.

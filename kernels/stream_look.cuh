@@ -46,21 +46,21 @@ struct Queries {
 /// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
 struct RowNow {
   int slots, query_token;
-  const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory at turned_channel(c), else zeros
+  const std::uint16_t* queries;  // [stream_heads][query_pitch] in shared memory, zeros beyond the group and the dimension
   const void *newest_key, *newest_value;  // rows of slot `slots`
   int changed = -1;                       // a slot whose row in memory the warp that streams it has just written, or -1
 };
 
 /// Maximum (in units of log 2) and sum of a part of a head's softmax, or of the whole.
-struct SoftmaxPart {
+struct alignas(8) SoftmaxPart {
   float most, sum;
 };
 
 /// Shared memory of a stream: what is of one size for all shapes lies here.
 struct StreamMemory {
-  uint4* ring;  // [stream_warps][stream_ring_bytes / 16]: tiles of keys and of values, at a multiple of 1024 bytes
-  uint64_t landed[stream_warps * most_stream_depth * 2];  // barriers of a warp's stages: of keys, of values
-  SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
+  uint4* ring;  // of every warp that streams, one behind the other: a tile of keys and one of values, at a multiple of 1024 bytes
+  uint64_t landed[stream_warps * 2];                // barriers of a warp: of its keys, its values
+  alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
   float* partial;                                   // [stream_warps][group][stream_pitch]
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
@@ -76,10 +76,6 @@ struct Ring {
   unsigned turns = 0;    // tiles that the warp has taken out
   int tiles = 0;         // of the row that started them
 };
-
-/// Where channel c of a query lies: the second and the third pair of every 8 have changed places, so that what a lane loads
-/// is a left operand and what it loads of a key two right ones.
-__device__ constexpr int turned_channel(int c) { return (c & ~6) | (c & 2) << 1 | (c & 4) >> 1; }
 
 namespace detail {
 
@@ -102,7 +98,7 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
     if (head < look.group && chunk * 8 < look.key_dim)
       words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(from.first) + head * from.stride +
                                               chunk * 8);
-    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = {words.x, words.z, words.y, words.w};
+    *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = words;
   }
 }
 
@@ -117,7 +113,7 @@ __device__ void split_probe(const float* vector, int key_dim, int value_dim, uns
       const unsigned word = Words<Element>::pack(x, y);
       const float2 taken = Words<Element>::unpack(word);
       x -= taken.x, y -= taken.y;
-      words[part * pitch + turned_channel(2 * i) / 2] = word;
+      words[part * pitch + i] = word;
     }
     if (where == Probing::apart) words[3 * pitch + i] = 0;
   }

@@ -1,11 +1,10 @@
 #include "kernels/tile_map.hpp"
 
 #include "kernels/buffer.hpp"
-#include "kernels/row_memory.hpp"
 
 namespace kv {
 
-TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units) {
+TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units, int tile) {
   TileMap tiles{};
   int device = 0, major = 0;
   KV_CUDA_TRY(cudaGetDevice(&device));
@@ -18,7 +17,7 @@ TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_byt
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(dim), static_cast<cuuint64_t>(rows),
                               static_cast<cuuint64_t>(units)};
   const cuuint64_t apart[] = {static_cast<cuuint64_t>(dim) * 2, unit_bytes};
-  const cuuint32_t box[] = {64, stream_tile, 1}, steps[] = {1, 1, 1};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(tile), 1}, steps[] = {1, 1, 1};
   const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       &tiles.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(first), sizes, apart, box, steps,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,

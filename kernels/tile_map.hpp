@@ -12,7 +12,7 @@ struct TileMap {
 };
 
 /// The map of `units` arrays of [rows][dim] elements, `unit_bytes` apart; an empty one on a GPU that copies no boxes. Boxes are
-/// stream_tile rows of 64 channels. Throws CudaError.
-TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units);
+/// `tile` rows of 64 channels. Throws CudaError.
+TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units, int tile);
 
 }  // namespace kv

@@ -24,7 +24,8 @@ struct RowMemory {
 };
 
 /// Lays the rest out in row_memory_bytes() of shared memory.
-__device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, int key_dim, int value_dim, int group) {
+__device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, int key_dim, int value_dim, int group,
+                                 int ring_bytes) {
   const auto take = [&](long bytes) {
     char* at = memory;
     memory += (bytes + 15) / 16 * 16;
@@ -32,7 +33,7 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
   };
   if (streamed) {
     const int width = stream_width(key_dim, value_dim), queries = stream_heads * query_pitch(width) * 2;
-    row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * stream_ring_bytes));
+    row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * ring_bytes));
     row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
     row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(width) * 4));
@@ -101,20 +102,21 @@ struct TokenAttention {
   bool simple = false;
 
   /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`, and
-  /// nothing under way in the ring; gives a barrier. `width`: of streams where rows are known to be of bfloat16 and nobody
-  /// probes; 0 for any rows.
-  template <int width>
+  /// nothing under way in the ring; gives a barrier. `width`, `tile`: of streams where rows are known to be of bfloat16 and
+  /// nobody probes; 0 for any rows.
+  template <int width, int tile>
   __device__ void streamed(const RowLook& look, const RowNow& now, RowMemory& memory, Ring& ring) const {
     ring.running = false;
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
       if constexpr (width > 0)
-        stream_here<__nv_bfloat16, width, Probing::none>(look, now, memory.stream, ring, false);
+        stream_here<__nv_bfloat16, width, tile, Probing::none>(look, now, memory.stream, ring, false);
       else
         stream_apart(elements, look, now, memory.stream, ring, false);
     else
       newest_slot(look, now, memory, warp_of_team() - stream_warps);
-    advance_ring(stream_width(look.key_dim, look.value_dim), ring, now.slots, false);
+    const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring);
+    TileRing::advance(ring, width > 0 ? tile : of_any, now.slots, false);
     __syncthreads();
     combine(look, now, memory);
     __syncthreads();
@@ -173,9 +175,9 @@ struct TokenAttention {
         return *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(row) + channel);
       };
       const int c = 2 * static_cast<int>(threadIdx.x % 32);
-      if (c < look.key_dim) add(word(now.queries, g * pitch + turned_channel(c)), word(now.newest_key, c));
+      if (c < look.key_dim) add(word(now.queries, g * pitch + c), word(now.newest_key, c));
       if (c + 64 < look.key_dim)
-        add(word(now.queries, g * pitch + turned_channel(c + 64)), word(now.newest_key, c + 64));
+        add(word(now.queries, g * pitch + c + 64), word(now.newest_key, c + 64));
       dot = detail::warp_sum(dot);
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);
@@ -188,27 +190,32 @@ struct TokenAttention {
 
   /// What the parts of a row count: lane h * softmax_parts + p of weight[i] holds what part p counts in head
   /// i * heads_at_once + h.
-  static constexpr int heads_at_once = 32 / softmax_parts;
+  static constexpr int heads_at_once = 32 / softmax_parts, used_parts = stream_warps + 2;
   struct Weights {
     float weight[stream_heads / heads_at_once] = {};
   };
 
-  /// Log-sum-exps from the parts, every warp its own copy: without a branch, since every step waits for them. All threads; a
-  /// barrier before.
+  /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
+  /// them. All threads; a barrier before.
   __device__ Weights log_sums(const RowLook& look, RowMemory& memory) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
     for (int i = 0; i < stream_heads / heads_at_once; ++i) {
       if (i * heads_at_once >= look.group) break;
-      const SoftmaxPart mine = memory.stream.parts[i * 32 + lane];
-      float base = mine.most;
+      const SoftmaxPart* const of_head = memory.stream.parts + i * 32 + lane / softmax_parts * softmax_parts;
+      const SoftmaxPart mine = of_head[lane % softmax_parts];
+      SoftmaxPart part[used_parts];
 #pragma unroll
-      for (int k = softmax_parts / 2; k > 0; k /= 2) base = fmaxf(base, __shfl_xor_sync(~0u, base, k));
-      const float share = exp2_fast(mine.most - (base == -INFINITY ? 0.f : base));
-      float all = share * mine.sum;
+      for (int p = 0; p < used_parts; p += 2)
+        *reinterpret_cast<float4*>(&part[p]) = *reinterpret_cast<const float4*>(&of_head[p]);
+      float base = part[0].most;
 #pragma unroll
-      for (int k = softmax_parts / 2; k > 0; k /= 2) all += __shfl_xor_sync(~0u, all, k);
+      for (int p = 1; p < used_parts; ++p) base = fmaxf(base, part[p].most);
+      const float zero = base == -INFINITY ? 0.f : base, share = exp2_fast(mine.most - zero);
+      float all = 0;
+#pragma unroll
+      for (int p = 0; p < used_parts; ++p) all = __fmaf_rn(exp2_fast(part[p].most - zero), part[p].sum, all);
       weights.weight[i] = all > 0 ? share * reciprocal_fast(all) : 0.f;
       if (lane % softmax_parts == 0) {
         const int g = i * heads_at_once + lane / softmax_parts;

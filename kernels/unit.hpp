@@ -8,6 +8,7 @@
 #include "core/replay.hpp"
 #include "core/spec.hpp"
 #include "kernels/attention_task.hpp"
+#include "kernels/row_memory.hpp"
 #include "kernels/tile_map.hpp"
 
 namespace kv {
@@ -26,7 +27,7 @@ struct TraceData {
   const int* position = nullptr;  // [tokens]
 };
 
-/// Arrays of rows, for streams. `rotated` is used where rows of a cache turn to their places.
+/// Arrays of rows, for streams by tiles of one size. `rotated` is used where rows of a cache turn to their places.
 struct TileMaps {
   TileMap keys{}, rotated{}, values{};
 };
@@ -162,7 +163,7 @@ struct PlaySettings {
 
 /// One launch of a policy's kernel. Numbers are the same for all units.
 struct Launch {
-  TileMaps maps;  // of all units' rows
+  TileMaps maps;  // of all units' rows, by the tiles of ring_bytes
   const Unit* units = nullptr;
   Progress* progress = nullptr;
   const LayerData* layers = nullptr;
@@ -184,6 +185,7 @@ struct Launch {
   AttentionTask* tasks = nullptr;  // [units]
   int step_slots = 0;              // most slots of a unit during the steps
   int record_bytes = 0;            // of shared memory for StepRecords
+  int ring_bytes = short_ring;     // of shared memory for a warp's ring
   int plain_width = 0;             // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
   bool timed = false;
 };

@@ -307,14 +307,14 @@ void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes) {
 }
 
 static void land(const Box& box) {
-  for (int r = 0; r < box_rows; ++r)
+  for (int r = 0; r < box.from->tile; ++r)
     for (int c = 0; c < box_channels; ++c) {
       const std::uint16_t element = element_of_box(*box.from, box.channel + c, box.row + r, box.unit);
       const auto at = box.to + static_cast<std::uint32_t>(r * 128 + c * 2);
       std::memcpy(at_shared(at ^ (at >> 7 & 7) << 4, 2), &element, 2);
     }
   std::uint32_t* words = words_of(box.barrier);
-  words[0] -= static_cast<std::uint32_t>(box_rows * box_channels * 2) << 8;
+  words[0] -= static_cast<std::uint32_t>(box.from->tile * box_channels * 2) << 8;
   end_phase(words);
 }
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier) {

@@ -82,8 +82,9 @@ struct TileMap {
   const char* first;
   int dim, rows;
   std::size_t unit_bytes, units;
+  int tile;  // rows of a box
 };
-constexpr int box_rows = 16, box_channels = 64;
+constexpr int box_channels = 64;
 /// An element of a box, counted from its first one; 0 beyond the rows. Throws std::logic_error for a unit that is not there.
 std::uint16_t element_of_box(const TileMap& map, int channel, int row, int unit);
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier);

@@ -150,8 +150,8 @@ std::uint16_t emulator::element_of_box(const TileMap& map, int channel, int row,
   return element;
 }
 
-TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units) {
-  return {{static_cast<const char*>(first), dim, rows, unit_bytes, units}};
+TileMap make_tile_map(const void* first, int dim, int rows, std::size_t unit_bytes, std::size_t units, int tile) {
+  return {{static_cast<const char*>(first), dim, rows, unit_bytes, units, tile}};
 }
 
 }  // namespace kv

@@ -82,7 +82,7 @@ TEST(Emulator, CopiesBoxesSwizzledAndFindsWhoForgetsThem) {
   std::vector<std::uint16_t> numbers(2 * rows * dim);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<std::uint16_t>(i + 1);
   const Buffer<std::uint16_t> from(numbers), out(1024);
-  const TileMap map = make_tile_map(from.data(), dim, rows, rows * dim * 2, 2);
+  const TileMap map = make_tile_map(from.data(), dim, rows, rows * dim * 2, 2, 16);
   launch(copy_a_box, 1, 32, 2048 + 8, nullptr, map, out.data(), true);
   const std::vector<std::uint16_t> got = out.to_host();
   for (int row = 0; row < 16; ++row)

@@ -94,6 +94,14 @@ inline void count_one(uint32_t address, bool counts) {
 }
 inline uint4 load_matrices(uint32_t address) { return emulator::matrices<false>("load_matrices", address); }
 inline uint4 load_turned(uint32_t address) { return emulator::matrices<true>("load_turned", address); }
+inline uint32_t turn_matrix(uint32_t x) {
+  const int lane = emulator::here->lane;
+  const emulator::Meeting& all = emulator::meet_warp("turn_matrix", x);
+  const auto element = [&](int row) -> uint32_t {  // of column lane / 4
+    return all.of<uint32_t>(4 * row + lane / 8) >> lane / 4 % 2 * 16 & 0xffff;
+  };
+  return element(2 * (lane % 4) + 1) << 16 | element(2 * (lane % 4));
+}
 
 constexpr uint64_t stay_as_usual = 0, stay_long = 1, go_first = 2;
 inline void copy_16(uint32_t to, const void* from) { emulator::start_copy(to, from, 16); }
