@@ -233,12 +233,12 @@ struct Play {
     const RowLook& look = play.fixed.look;
     const RowNow mine{slots,
                       token,
-                      play.row.queries[play.now & 1],
+                      play.row.queries[play.now % input_buffers],
                       play.at(look.keys, slots, look.key_dim),
                       play.at(look.values, slots, look.value_dim),
                       play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
-    stage_queries(look, queries, play.row.queries[play.now & 1]);
+    stage_queries(look, queries, play.row.queries[play.now % input_buffers]);
     play.attention().streamed<width, tile>(look, mine, play.row, play.ring);
   }
   template <int width = 0, int tile = 0>
@@ -256,27 +256,28 @@ struct Play {
   /// Whether this warp streams a slot.
   __device__ bool streams_slot(int slot, int tile) const { return warp == tile_of(slot, tile) % stream_warps; }
 
-  /// The victim goes and the last slot takes its place, whose rows are `key` and `value`: in memory, or a copy of them. State
-  /// is the caller's, `gap` as let_go()'s, `tile` as patch()'s. The warp that streams the slot has its row, others need a barrier.
-  __device__ __forceinline__ void remove_one(int victim, int gap, const void* key, const void* value, int tile) {
+  /// order and rank when the victim has gone from place `gap` and the last slot taken its own: by `threads` threads of which this
+  /// is `thread`. Needs a barrier before, one must follow.
+  __device__ void close_gap(int victim, int gap, int thread, int threads) const {
     const int last = size - 1;
-    if (gap >= 0) {
-      int *rank = unit.rank, *order = unit.order;
-      team.for_each_read(
-          size, [&](int s) { return rank[s]; },
-          [&](int s, int old) {
-            const int place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
-            if (s != victim) rank[slot] = place, order[place] = slot;
-          });
+    int *rank = unit.rank, *order = unit.order;
+    for (int s = thread; s < size; s += threads) {
+      const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
+      if (s != victim) rank[slot] = place, order[place] = slot;
     }
-    if (is_clerk()) {
-      const int gone = unit.token[victim];
-      if (unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
-      if (victim != last) {
-        unit.token[victim] = unit.token[last], unit.multiplicity[victim] = unit.multiplicity[last];
-        if (!absolute()) unit.rotated_at[victim] = -1;
-      }
-    }
+  }
+  /// The books of the same; by the clerk, who knows all that he books.
+  __device__ void book_removal(int victim) const {
+    const int last = size - 1, gone = unit.token[victim];
+    if (unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
+    if (victim == last) return;
+    unit.token[victim] = unit.token[last], unit.multiplicity[victim] = unit.multiplicity[last];
+    if (!absolute()) unit.rotated_at[victim] = -1;
+  }
+  /// The last slot's rows take the victim's place: `key` and `value` are them, in memory, or a copy. The warp that streams the slot
+  /// has its row then, others need a barrier. The cache is a slot smaller. `tile` as patch()'s.
+  __device__ __forceinline__ void take_place(int victim, const void* key, const void* value, int tile) {
+    const int last = size - 1;
     if (victim != last && streams_slot(victim, tile)) {
       const int lane = static_cast<int>(threadIdx.x % 32);
       copy_row(unit.keys, trace.elements, trace.key_dim, victim, key, 0, lane, 32);

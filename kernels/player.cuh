@@ -299,9 +299,14 @@ struct Player : Play {
       if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim, false);
       __syncthreads();
     }
+    if (gap >= 0) close_gap(victim, gap, static_cast<int>(threadIdx.x), team_threads);
+    if (is_clerk()) book_removal(victim);
+    take_place(victim, key, value, stream_tile());
+  }
+  /// Play::book_removal, and the policy's data.
+  __device__ void book_removal(int victim) const {
     const int last = size - 1;
-    remove_one(victim, gap, key, value, stream_tile());
-    if (!is_clerk()) return;
+    Play::book_removal(victim);
     if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;
   }

@@ -12,7 +12,7 @@ constexpr int long_ring = 2 * short_ring;  // where the records of steps leave r
 constexpr int softmax_parts =
     8;  // most parts that a head's softmax is put together from: a warp's each, the newest slot's, the sink's
 static_assert(stream_warps + 2 <= softmax_parts);
-constexpr int input_buffers = 3;  // a step's inputs: of the one before, the present one, and the next
+constexpr int input_buffers = 3;  // a step's inputs: of the one before or the one after next, the present one, and the next
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -48,8 +48,8 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     bytes += stream_warps * (ring_bytes + group * stream_pitch(width) * 4) +
-             (4 + 2 * stream_heads) * query_pitch(width) * 2 +         // the probe's parts, and queries
-             input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
+             (4 + input_buffers * stream_heads) * query_pitch(width) * 2 +  // the probe's parts, and queries
+             input_buffers * (2 * width * 2 + group * value_dim * 4);       // keys and values, full outputs
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }

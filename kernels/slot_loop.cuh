@@ -73,10 +73,15 @@ struct SlotLoop {
     return {state[s], info, slot_token, now, multiplicity[s], key_probe};
   }
 
+  /// A thread's own slots are every team_threads-th from here on: those of a cache as large as a team, and the newest one, leave the
+  /// warps that stream with one slot a thread.
+  __device__ static int first_slot() { return static_cast<int>(threadIdx.x ^ (32 * stream_warps)); }
+  static_assert(2 * stream_warps == team_warps);
+
   /// f(slot, its token) for a thread's own slots.
   template <class F>
   __device__ __forceinline__ void each(int size, F f) const {
-    const int first = static_cast<int>(threadIdx.x);
+    const int first = first_slot();
     if (first >= size) return;
     int next = token[first];  // read ahead of its turn, since it may lie in device memory
 #pragma unroll 1
@@ -141,7 +146,7 @@ struct SlotLoop {
   template <int heads, Looks looks, class F>
   __device__ __forceinline__ void each_two(int size, F f) const {
     constexpr int step = 2 * team_threads;
-    const int first = static_cast<int>(threadIdx.x);
+    const int first = first_slot();
     if (first >= size) return;
     const auto other = [&](int s) { return s + team_threads < size ? s + team_threads : s; };
     Read<heads> next[2] = {read<heads>(first), read<heads>(other(first))};

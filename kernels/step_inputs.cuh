@@ -43,7 +43,7 @@ struct StepInputs {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,
                                    static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
-        std::uint16_t* const to = play.row.queries[token & 1] + g * pitch;
+        std::uint16_t* const to = play.row.queries[token % input_buffers] + g * pitch;
         copy(to, from, t.key_dim * 2);
       }
       if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);

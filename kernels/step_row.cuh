@@ -17,6 +17,13 @@ class StepRow : protected Stages<P, tile> {
  public:
   using Base::size;
   static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
+  /// Whether warps that stream may decide who goes while the others measure: where slots are all that hooks look at.
+  static constexpr bool may_part = plain && !biased && !detail::declares_on_append<P> && !detail::declares_on_evict<P> &&
+                                   !detail::declares_on_merge<P> && !detail::declares_on_compress<P> &&
+                                   !detail::declares_on_selected<P> &&
+                                   !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
+  /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
+  static constexpr int fetched_ahead = may_part ? 2 : 1;
 
   __device__ StepRow(const Launch& launch, Fixed& fixed, const P& policy)
       : Base(launch, fixed, policy),
@@ -54,9 +61,19 @@ class StepRow : protected Stages<P, tile> {
     close_copies();
     await_copies<0>();
     __syncthreads();
-    if (!streams_now()) fetch(args_.first);
+    if (!streams_now())
+      for (int token = args_.first; token < min(args_.first + fetched_ahead, args_.last); ++token) fetch(token);
     await_copies<0>();
+    if (may_part && !streams_now()) free_parts();
     __syncthreads();
+  }
+  /// After the last step: takes out what is under way.
+  __device__ void end() {
+    await_copies<0>();
+    if (streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
+    if (may_part && streams_now()) await_parts();
+    __syncthreads();
+    measure_row();
   }
 
   __device__ void begin_step(int token, int block) {
@@ -94,14 +111,14 @@ class StepRow : protected Stages<P, tile> {
     if (!attends) return;
     if (looks) s.look(token, 0x7fffffff, due);
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
-    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
+    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token % input_buffers]);
     __syncthreads();
   }
 
   /// The policy's vector to where the stream of a token's row finds it; by one warp.
   __device__ void place_probe(int token) const {
     const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
-    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
+    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token % input_buffers]);
     if constexpr (plain)
       split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
                                  Probing::among_queries);
@@ -130,7 +147,7 @@ class StepRow : protected Stages<P, tile> {
     const int last = p_.size - 1;
     const RowNow now{last,
                      token,
-                     p_.row.queries[token & 1],
+                     p_.row.queries[token % input_buffers],
                      absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
                      inputs().value(token),
                      p_.changed};
@@ -142,16 +159,19 @@ class StepRow : protected Stages<P, tile> {
                  p_.stream_tile());
       stream(now, next);
     } else {
-      if constexpr (plain) measure_and_free();
+      if constexpr (plain && !may_part) measure_and_free();
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
-      serve(token);
+      if constexpr (may_part)
+        await_copies<0>();  // the next step's inputs
+      else
+        serve(token);
     }
     p_.stale = p_.changed = -1;
     TileRing::advance(p_.ring, p_.stream_tile(), last, next);
     __syncthreads();
     if constexpr (plain)
-      weights_ = attention().log_sums(p_.fixed.look, p_.row);
+      weights_ = attention().log_sums(p_.fixed.look, p_.row, true);
     else
       attention().combine(p_.fixed.look, now, p_.row);
   }
@@ -170,7 +190,7 @@ class StepRow : protected Stages<P, tile> {
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
         stream.run(p_.ring, next);
-        named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
+        await_parts();
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -189,11 +209,11 @@ class StepRow : protected Stages<P, tile> {
     Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
   }
 
-  /// What the warps that do not stream do for the next step, which must await the copies; and for the one before, unless rows
+  /// What the warps that do not stream do for steps to come, which must await the copies; and for the one before, unless rows
   /// are plain.
   __device__ void serve(int token) {
     if constexpr (!plain) measure_row();
-    if (token + 1 < args_.last) fetch(token + 1);
+    if (token + fetched_ahead < args_.last) fetch(token + fetched_ahead);
     if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
   }
   __device__ void fetch(int token) const {
@@ -210,6 +230,15 @@ class StepRow : protected Stages<P, tile> {
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
+  /// Outputs were made of the parts that the last row left: said by warps that serve, awaited by each that streams.
+  __device__ void free_parts() const {
+#pragma unroll
+    for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
+  }
+  __device__ void await_parts() const {
+    named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
+  }
+
   /// measure_row() of plain rows, which tells the warps that stream as soon as outputs are made of what they left.
   __device__ __forceinline__ void measure_and_free() {
     constexpr int serving_warps = serving_threads / 32;
@@ -222,8 +251,7 @@ class StepRow : protected Stages<P, tile> {
     if (measured_ >= 0 && first < group) output = output_of(first);
     static_assert(stream_heads <= 2 * serving_warps);
     if (measured_ >= 0 && first + serving_warps < group) other = output_of(first + serving_warps);
-#pragma unroll
-    for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
+    free_parts();
     if (measured_ < 0) return;
     if (first < group) compare_here(p_.fixed, first, measured_, measured_token_, output, full_output(first));
     if (first + serving_warps < group)
@@ -330,8 +358,9 @@ class StepRow : protected Stages<P, tile> {
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  // Named barriers, one of each warp that streams: outputs were made of the parts that the last row left.
-  static constexpr int parts_are_free = 1, serving_threads = team_threads - 32 * stream_warps;
+  // Named barriers. One of each warp that streams: outputs were made of the parts that the last row left; and of those that serve.
+  static constexpr int parts_are_free = 1, serving = parts_are_free + stream_warps;
+  static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
   const bool prepares_;              // every step does
   TokenAttention::Weights weights_;  // of the last row, where it is plain

@@ -25,10 +25,7 @@ class Steps : StepRow<P, width, tile> {
       ++p_.size;
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
-    await_copies<0>();
-    if (this->streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
-    __syncthreads();
-    measure_row();
+    end();
     know_places();
     if (p_.is_clerk()) p_.progress.attended = p_.size;
   }
@@ -42,6 +39,7 @@ class Steps : StepRow<P, width, tile> {
   using Row::attend_again;
   using Row::begin;
   using Row::begin_step;
+  using Row::end;
   using Row::bias_;
   using Row::bias_moved_;
   using Row::future_mass;
@@ -50,6 +48,7 @@ class Steps : StepRow<P, width, tile> {
   using Row::look_around;
   using Row::look_probes_;
   using Row::mass;
+  using Row::may_part;
   using Row::measure_row;
   using Row::measured_;
   using Row::measured_token_;
@@ -62,9 +61,12 @@ class Steps : StepRow<P, width, tile> {
   using Row::probes;
   using Row::row_of_;
   using Row::serve;
+  using Row::serving;
+  using Row::serving_threads;
   using Row::settle_measure;
   using Row::start_clock;
   using Row::stop_clock;
+  using Row::streaming_threads;
   using Row::streams_now;
   using Row::watches;
 
@@ -85,38 +87,79 @@ class Steps : StepRow<P, width, tile> {
       own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
       look_probes_ = attends ? probes(due) : look_probes_;
       bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
+      stop_clock(TimedPhase::append);
     }
-    stop_clock(TimedPhase::append);
     if (attends) {
       pass(token, !prepares);
-      measured_ = args_.timed ? -1 : m, measured_token_ = token;
+      // Where warps part, those that stream have nothing to do with it.
+      measured_ = args_.timed || (may_part && streams_now()) ? -1 : m, measured_token_ = token;
     }
     const bool masses = m >= 0 && asks_for_mass(), falls_due = due && compresses;
     const bool ranks = attends && falls_due && !masses && evicts_one();
-    if (ranks) {
+    bool ranked = ranks && (!may_part || (together() ? !p_.traits().window_past : parts()));
+    if (may_part && !together()) {
+      if (ranked && decide(token, observes)) return;
+    } else if (ranked) {
       stop_clock(TimedPhase::attend);
       if (!streams_now()) await_copies<0>();  // the next step's inputs; a barrier follows
       const int victim = observe_and_rank(token, observes);
       stop_clock(TimedPhase::score);
+      if (victim >= 0) drop(token, victim);
+      if (may_part && !streams_now()) look_back(token);
       if (victim >= 0) {
-        drop(token, victim);
         stop_clock(TimedPhase::compact);
         return;
       }
     }
     Steps copy = *this;
-    go_on(copy, token, {m, attends, observes, masses, ranks, falls_due});
+    go_on(copy, token, {m, attends, observes, masses, ranks, ranked, falls_due});
     follow(copy);
+  }
+
+  /// Whether the warps part at the end of a step that lets one slot go: but for clocks, which want all to be where they are.
+  __device__ bool parts() const {
+    const Traits traits = p_.traits();
+    return !traits.key_probe && !traits.window_past && !traits.window_once && p_.trace.group <= loop_heads &&
+           !args_.timed;
+  }
+  /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
+  /// fetch inputs and keep the books. Returns whether a slot went.
+  __device__ __forceinline__ bool decide(int token, bool observes) {
+    const int victim = rank_slots(token, observes);
+    placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
+    if (streams_now()) {
+      if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), p_.stream_tile());
+      return victim >= 0;
+    }
+    look_back(token);
+    if (victim < 0) return false;
+    if (!placeless_) {
+      const int gap = p_.unit.rank[victim];
+      named_wait(serving, serving_threads);
+      p_.close_gap(victim, gap, static_cast<int>(threadIdx.x) - streaming_threads, serving_threads);
+      named_wait(serving, serving_threads);
+    }
+    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim);
+    --p_.size;
+    return true;
+  }
+  /// What the warps that do not stream do after a step's row, where they may part from the others.
+  __device__ __forceinline__ void look_back(int token) {
+    this->measure_and_free();
+    measured_ = -1;
+    serve(token);
   }
 
   /// What a step has come to that does not end as most do, with one slot evicted by its score.
   struct Course {
     int m;
-    bool attends, observes, masses, ranked, compresses;
+    bool attends, observes, masses, ranks, ranked, compresses;  // ranked: without finding one that may go
   };
   /// The rest of such a step. Works on a copy, so that what the others hold can stay in registers, and is out of their way.
   static __device__ __noinline__ void go_on(Steps& s, int token, Course course) {
     if (!course.attends) s.pass_by(token);
+    if constexpr (may_part)
+      if (course.attends && !course.ranked && !s.streams_now()) s.look_back(token);
     if (!course.ranked) s.stop_clock(TimedPhase::attend);
     if (course.masses) {
       s.settle_measure();
@@ -125,7 +168,16 @@ class Steps : StepRow<P, width, tile> {
       if (course.observes) s.attend_again(token, 0x7fffffff);
     }
     if (!s.streams_now()) await_copies<0>();
-    if (!course.ranked) {
+    if (course.ranks && !course.ranked) {
+      const int victim = s.observe_and_rank(token, course.observes);
+      s.stop_clock(TimedPhase::score);
+      if (victim >= 0) {
+        s.drop(token, victim);
+        s.stop_clock(TimedPhase::compact);
+        __syncthreads();
+        return;
+      }
+    } else if (!course.ranked) {
       if (course.observes) s.observe();
       __syncthreads();
       s.stop_clock(TimedPhase::observe);
@@ -229,6 +281,11 @@ class Steps : StepRow<P, width, tile> {
       attend_again_apart(copy, token, p_.traits().window_past ? token - 1 : 0x7fffffff);
       follow(copy);
     }
+    return rank_slots(token, observes);
+  }
+  /// The same where the row has been looked at.
+  __device__ __forceinline__ int rank_slots(int token, bool observes) {
+    const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     p_.know_probe();
     auto head = p_.head();
     const SlotLoop<P> slots(p_.fixed, p_.now);
@@ -254,7 +311,7 @@ class Steps : StepRow<P, width, tile> {
     constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
     const bool before = observes && (window || compares || !at_once);
     if (before) observe();
-    if (detail::declares_on_compress<P> || (before && (window || compares))) __syncthreads();
+    if (detail::declares_on_compress<P> || before) __syncthreads();
     observes = observes && !before;
     if constexpr (detail::declares_on_compress<P>) p_.score(1, true);
     if (window) {
@@ -308,6 +365,12 @@ class Steps : StepRow<P, width, tile> {
       while (load_acquire(arrivals) < meetings_ * p_.unit.layer_heads) wait_a_moment();
     }
     __syncthreads();
+  }
+
+  /// What a copy that went on in this one's place left behind.
+  __device__ void follow(const Steps& copy) {
+    Row::follow(copy);
+    buffer_ = copy.buffer_, turn_ = copy.turn_, meetings_ = copy.meetings_, placeless_ = copy.placeless_;
   }
 
   int buffer_ = 0, turn_ = 0, meetings_ = 0;

@@ -8,7 +8,7 @@ namespace kv {
 /// Where a row's results are, in shared memory; and what a stream needs there.
 struct RowMemory {
   StreamMemory stream;
-  std::uint16_t* queries[2];  // RowNow::queries of the present step and of the next
+  std::uint16_t* queries[input_buffers];  // RowNow::queries of tokens in turn
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
   std::uint16_t *key, *value;                 // [input_buffers][width]
   float* full;                                // [input_buffers][group][value_dim]
@@ -196,8 +196,9 @@ struct TokenAttention {
   };
 
   /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
-  /// them. All threads; a barrier before.
-  __device__ Weights log_sums(const RowLook& look, RowMemory& memory) const {
+  /// them. `shared_out`: the wholes are kept by the warps that measure, head by head; else by the last one. All threads; a
+  /// barrier before.
+  __device__ Weights log_sums(const RowLook& look, RowMemory& memory, bool shared_out) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
@@ -220,7 +221,8 @@ struct TokenAttention {
       if (lane % softmax_parts == 0) {
         const int g = i * heads_at_once + lane / softmax_parts;
         memory.own_log_sum()[g] = (base + log2_fast(all)) * ln_2;
-        if (threadIdx.x / 32 == team_warps - 1) memory.whole[g] = {base, all};
+        const int keeper = shared_out ? stream_warps + g % (team_warps - stream_warps) : team_warps - 1;
+        if (static_cast<int>(threadIdx.x / 32) == keeper) memory.whole[g] = {base, all};
       }
     }
     __syncwarp();
@@ -266,7 +268,7 @@ struct TokenAttention {
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
   __device__ void combine(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    const Weights weights = log_sums(look, memory);
+    const Weights weights = log_sums(look, memory, false);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
