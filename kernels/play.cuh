@@ -233,12 +233,12 @@ struct Play {
     const RowLook& look = play.fixed.look;
     const RowNow mine{slots,
                       token,
-                      play.row.queries[play.now % input_buffers],
+                      play.row.queries[play.now & 1],
                       play.at(look.keys, slots, look.key_dim),
                       play.at(look.values, slots, look.value_dim),
                       play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
-    stage_queries(look, queries, play.row.queries[play.now % input_buffers]);
+    stage_queries(look, queries, play.row.queries[play.now & 1]);
     play.attention().streamed<width, tile>(look, mine, play.row, play.ring);
   }
   template <int width = 0, int tile = 0>
@@ -266,22 +266,36 @@ struct Play {
       if (s != victim) rank[slot] = place, order[place] = slot;
     }
   }
-  /// The books of the same; by the clerk, who knows all that he books.
-  __device__ void book_removal(int victim) const {
-    const int last = size - 1, gone = unit.token[victim];
-    if (unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
+  /// The books of the same; by the clerk, who knows all that he books. `merges`: the token may stand for others, or be adopted.
+  __device__ void book_removal(int victim, bool merges) const {
+    const int last = size - 1, gone = unit.token[victim], token = unit.token[last];
+    const int multiplicity = merges ? unit.multiplicity[last] : 1;
+    if (!merges || unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
     if (victim == last) return;
-    unit.token[victim] = unit.token[last], unit.multiplicity[victim] = unit.multiplicity[last];
+    unit.token[victim] = token;
+    if (merges) unit.multiplicity[victim] = multiplicity;
     if (!absolute()) unit.rotated_at[victim] = -1;
+  }
+  /// A slot's rows, by one warp.
+  __device__ __forceinline__ void write_rows_of(int slot, const void* key, const void* value) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (fixed.streamed) {  // half a warp a row
+      const bool keys = lane < 16;
+      const int dim = keys ? trace.key_dim : trace.value_dim, chunk = lane % 16;
+      if (chunk * 8 < dim)
+        reinterpret_cast<uint4*>(keys ? unit.keys : unit.values)[slot * (dim / 8) + chunk] =
+            static_cast<const uint4*>(keys ? key : value)[chunk];
+      return;
+    }
+    copy_row(unit.keys, trace.elements, trace.key_dim, slot, key, 0, lane, 32);
+    copy_row(unit.values, trace.elements, trace.value_dim, slot, value, 0, lane, 32);
   }
   /// The last slot's rows take the victim's place: `key` and `value` are them, in memory, or a copy. The warp that streams the slot
   /// has its row then, others need a barrier. The cache is a slot smaller. `tile` as patch()'s.
   __device__ __forceinline__ void take_place(int victim, const void* key, const void* value, int tile) {
     const int last = size - 1;
     if (victim != last && streams_slot(victim, tile)) {
-      const int lane = static_cast<int>(threadIdx.x % 32);
-      copy_row(unit.keys, trace.elements, trace.key_dim, victim, key, 0, lane, 32);
-      copy_row(unit.values, trace.elements, trace.value_dim, victim, value, 0, lane, 32);
+      write_rows_of(victim, key, value);
       __syncwarp();
       patch(victim, key, value, tile);
     }

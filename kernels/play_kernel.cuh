@@ -46,6 +46,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
     }
     if (streamed) begin_landings(fixed.row.stream);
     __syncthreads();
+    if (streamed && threadIdx.x < 32) TileRing::fill_lanes(fixed.row.stream, width, fixed.tile);
     if (streamed)
       clear_parts(fixed.row,
                   fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,

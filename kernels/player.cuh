@@ -90,8 +90,7 @@ struct Player : Play {
   /// A token becomes slot size - 1, which the caller made room for: `key` and `value` are its rows. By the clerk's warp.
   __device__ void append_one(int token, const void* key, const void* value) const {
     const int slot = size - 1, lane = static_cast<int>(threadIdx.x % 32);
-    copy_row(unit.keys, elements(), trace.key_dim, slot, key, 0, lane, 32);
-    copy_row(unit.values, elements(), trace.value_dim, slot, value, 0, lane, 32);
+    write_rows_of(slot, key, value);
     if (lane == 0) {  // all addresses before the first store, after which the compiler would have to read them anew
       int *const token_at = unit.token + slot, *const multiplicity_at = unit.multiplicity + slot;
       int *const order_at = unit.order + slot, *const rank_at = unit.rank + slot;
@@ -305,9 +304,13 @@ struct Player : Play {
   }
   /// Play::book_removal, and the policy's data.
   __device__ void book_removal(int victim) const {
+    const bool merges = detail::declares_on_merge<P> && traits().merges;  // else all stay, and stand for themselves
     const int last = size - 1;
-    Play::book_removal(victim);
-    if (victim != last) state(victim) = state(last), unit.stays[victim] = unit.stays[last];
+    const Slot moves = state(last);
+    Play::book_removal(victim, merges);
+    if (victim != last) state(victim) = moves;
+    if (!merges) return;
+    if (victim != last) unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;
   }
 

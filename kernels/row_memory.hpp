@@ -48,8 +48,8 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     bytes += stream_warps * (ring_bytes + group * stream_pitch(width) * 4) +
-             (4 + input_buffers * stream_heads) * query_pitch(width) * 2 +  // the probe's parts, and queries
-             input_buffers * (2 * width * 2 + group * value_dim * 4);       // keys and values, full outputs
+             (4 + 2 * stream_heads) * query_pitch(width) * 2 + 32 * 16 +  // the probe's parts, queries, lanes
+             input_buffers * (2 * width * 2 + group * value_dim * 4);     // keys and values, full outputs
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }

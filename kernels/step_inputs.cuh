@@ -34,8 +34,9 @@ struct StepInputs {
       if (lane < bytes / 16)
         copy_16(shared_address(to) + static_cast<unsigned>(lane) * 16, static_cast<const char*>(from) + lane * 16);
     };
-    if (warp == 0) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
-    if (warp == (team_warps - stream_warps > 1 ? 1 : 0))
+    static_assert(team_warps - stream_warps > 2);  // the first has books to keep
+    if (warp == 1) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
+    if (warp == 2)
       copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
     const int pitch = query_pitch(width);
 #pragma unroll 1
@@ -43,7 +44,7 @@ struct StepInputs {
       if (play.absolute() && row >= 0) {
         const char* from = play.at(play.layer.q_rotated,
                                    static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
-        std::uint16_t* const to = play.row.queries[token % input_buffers] + g * pitch;
+        std::uint16_t* const to = play.row.queries[token & 1] + g * pitch;
         copy(to, from, t.key_dim * 2);
       }
       if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);

@@ -111,14 +111,14 @@ class StepRow : protected Stages<P, tile> {
     if (!attends) return;
     if (looks) s.look(token, 0x7fffffff, due);
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
-    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token % input_buffers]);
+    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
     __syncthreads();
   }
 
   /// The policy's vector to where the stream of a token's row finds it; by one warp.
   __device__ void place_probe(int token) const {
     const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
-    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token % input_buffers]);
+    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
     if constexpr (plain)
       split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
                                  Probing::among_queries);
@@ -147,7 +147,7 @@ class StepRow : protected Stages<P, tile> {
     const int last = p_.size - 1;
     const RowNow now{last,
                      token,
-                     p_.row.queries[token % input_buffers],
+                     p_.row.queries[token & 1],
                      absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
                      inputs().value(token),
                      p_.changed};
@@ -213,13 +213,16 @@ class StepRow : protected Stages<P, tile> {
   /// are plain.
   __device__ void serve(int token) {
     if constexpr (!plain) measure_row();
-    if (token + fetched_ahead < args_.last) fetch(token + fetched_ahead);
+    fetch_ahead(token);
     if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
+  }
+  __device__ void fetch_ahead(int token) const {
+    if (token + fetched_ahead < args_.last) fetch(token + fetched_ahead);
   }
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
     if (streamed()) inputs().fetch(token, numbers.measured, numbers.row, p_.warp - stream_warps);
-    if (p_.is_clerk()) fetch_numbers(token + 1);
+    if (threadIdx.x == team_threads - 32) fetch_numbers(token + 1);
     close_copies();
   }
   /// Fixed::coming of a token, by one thread.

@@ -40,6 +40,7 @@ class Steps : StepRow<P, width, tile> {
   using Row::begin;
   using Row::begin_step;
   using Row::end;
+  using Row::fetch_ahead;
   using Row::bias_;
   using Row::bias_moved_;
   using Row::future_mass;
@@ -157,6 +158,11 @@ class Steps : StepRow<P, width, tile> {
   };
   /// The rest of such a step. Works on a copy, so that what the others hold can stay in registers, and is out of their way.
   static __device__ __noinline__ void go_on(Steps& s, int token, Course course) {
+    s.end_otherwise(token, course);
+    if (may_part && !s.streams_now()) s.fetch_ahead(token);  // again: other rows' queries may have taken their place
+  }
+  __device__ void end_otherwise(int token, const Course& course) {
+    Steps& s = *this;
     if (!course.attends) s.pass_by(token);
     if constexpr (may_part)
       if (course.attends && !course.ranked && !s.streams_now()) s.look_back(token);

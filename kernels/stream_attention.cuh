@@ -47,12 +47,19 @@ class Stream : TileRing {
                     : nullptr),
         next_logits_(head() + 1 < look.group ? look.logit_stride : 0),
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_) * 2 * tile_bytes),
-        landed_(keep(landed_of(memory, warp_))),
-        query_(keep(shared_address(now.queries) +
-                    ((both_at_once_ ? lane() % 4 : lane() % 8) * query_pitch(width) + lane() / 8 * 8) * 2)),
-        key_at_(keep(ring_ + swizzled_place(lane() % 16, lane() / 16, half_bytes))),
-        value_at_(
-            keep(ring_ + tile_bytes + swizzled_place(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2, half_bytes))) {}
+        landed_(landed_of(memory, warp_)) {
+    const uint4 mine = memory.lanes[lane()];
+    // The words of four heads' probabilities take the columns of eight, which see the same queries.
+    const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
+    query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
+    if constexpr (plain)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int head_here = both_at_once_ ? (head() + e) % 4 : head() + e;
+        const SoftmaxPart last = memory.parts[head_here * softmax_parts + warp_];
+        most_[e] = head_here < look.group ? (last.most + log2_fast(last.sum)) * ln_2 : INFINITY;
+      }
+  }
 
   /// Copies this warp's first tile, unless it is on its way.
   __device__ __forceinline__ void start(const Ring& ring) const {
@@ -133,9 +140,6 @@ class Stream : TileRing {
   __device__ static int row() { return static_cast<int>(lane() / 4); }  // of products: a slot, a channel
   __device__ static int column() { return static_cast<int>(lane() % 4); }
   __device__ static int head() { return 2 * column(); }  // of products' columns, this and the next
-
-  /// A number that the compiler shall keep rather than compute again from the thread's index, tile after tile.
-  __device__ static unsigned keep(unsigned x) { return __shfl_sync(~0u, x, static_cast<int>(lane())); }
 
   /// Starts copying a tile of keys or values; nothing beyond the last tile.
   template <bool keys>
@@ -269,7 +273,9 @@ class Stream : TileRing {
     for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
       for (int e = m == 0 ? 2 : 0; e < 4; ++e) most[e % 2] = fmaxf(most[e % 2], x[m][e]);
-    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom)) rescale(most);
+    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom) ||
+        (which == warp_ && !is_near(most)))
+      rescale(most, which == warp_);
     const float base[2] = {base_of(most_[0]), base_of(most_[1])};
 #pragma unroll
     for (int m = 0; m < row_blocks; ++m) {
@@ -311,16 +317,33 @@ class Stream : TileRing {
   /// What the exponents of a head are relative to, in units of log 2.
   __device__ static float base_of(float most) { return most == -INFINITY ? 0.f : most * log2_e; }
 
-  __device__ void rescale(const float (&most)[2]) {
+  /// Whether every head has a slot whose logit is not far below its base before the first tile. Columns beyond the group have
+  /// none.
+  __device__ __forceinline__ bool is_near(const float (&most)[2]) const {
+    constexpr float far = 40;  // exponents go down to -126 * ln 2
+    unsigned near[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      near[e] = __ballot_sync(~0u, most[e] > most_[e] - far || most_[e] == INFINITY);
+#pragma unroll
+      for (int k = 16; k >= 4; k /= 2) near[e] |= near[e] >> k;
+    }
+    return (near[0] & near[1] & 15) == 15;
+  }
+
+  /// `first`: of a row's tiles, before which nothing has been added up.
+  __device__ void rescale(const float (&most)[2], bool first) {
     float factor[2];
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float next = fmaxf(most[e], most_[e]);
+      float next = first ? most[e] : fmaxf(most[e], most_[e]);
 #pragma unroll
       for (int k = 4; k < 32; k *= 2) next = fmaxf(next, __shfl_xor_sync(~0u, next, k));
       factor[e] = next == -INFINITY ? 1.f : exp2_fast(most_[e] * log2_e - next * log2_e);
-      most_[e] = next, sum_[e] *= factor[e];
+      most_[e] = next;
     }
+    if (first) return;
+    sum_[0] *= factor[0], sum_[1] *= factor[1];
 #pragma unroll
     for (auto& part : output_)
 #pragma unroll
@@ -375,9 +398,11 @@ class Stream : TileRing {
   const float scale_;
   float* const logits_;    // of head(), from slot row(); null beyond the group, or where nobody asks
   const int next_logits_;  // from there to the next head's; 0 beyond the group
-  const unsigned ring_, landed_, query_;
-  const unsigned key_at_, value_at_;  // where this lane's rows begin
+  const unsigned ring_, landed_;
+  unsigned query_, key_at_, value_at_;  // where this lane's rows begin
   float output_[channel_blocks][4] = {};
+  // What exponents are relative to: before a plain row's first tile, the last row's log-sum-exps. Others begin anew: a row that
+  // comes again, as oracles take it back, gives the same numbers.
   float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {0, 0};
 };
 

@@ -62,6 +62,7 @@ struct StreamMemory {
   uint64_t landed[stream_warps * 2];                // barriers of a warp: of its keys, its values
   alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
   float* partial;                                   // [stream_warps][group][stream_pitch]
+  uint4* lanes;     // [32] where each lane's part lies: of queries, of a tile of keys, of one of values
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };
 

@@ -11,6 +11,15 @@ struct TileRing {
   __device__ static constexpr unsigned half_bytes(int tile) { return static_cast<unsigned>(tile) * 128; }
   __device__ static constexpr unsigned tile_bytes(int width, int tile) { return half_bytes(tile) * (width / 64); }
 
+  /// Fills StreamMemory::lanes, by one warp; a barrier must follow. Numbers that follow from the thread's index would be computed
+  /// again wherever they are used, what is read from memory is kept.
+  __device__ static void fill_lanes(StreamMemory& memory, int width, int tile) {
+    const unsigned lane = threadIdx.x % 32, half = half_bytes(tile);
+    memory.lanes[lane] = {(lane % 8 * static_cast<unsigned>(query_pitch(width)) + lane / 8 * 8) * 2,
+                          swizzled_place(lane % 16, lane / 16, half),
+                          tile_bytes(width, tile) + swizzled_place(lane / 16 * 8 + lane % 8, lane / 8 % 2, half), 0};
+  }
+
   /// Whether a row of so many tiles can start the next one's: every warp must have one.
   __device__ static bool goes_on(int tiles) { return tiles >= stream_warps; }
 

@@ -8,7 +8,7 @@ namespace kv {
 /// Where a row's results are, in shared memory; and what a stream needs there.
 struct RowMemory {
   StreamMemory stream;
-  std::uint16_t* queries[input_buffers];  // RowNow::queries of tokens in turn
+  std::uint16_t* queries[2];  // RowNow::queries of tokens in turn
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
   std::uint16_t *key, *value;                 // [input_buffers][width]
   float* full;                                // [input_buffers][group][value_dim]
@@ -34,6 +34,7 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
   if (streamed) {
     const int width = stream_width(key_dim, value_dim), queries = stream_heads * query_pitch(width) * 2;
     row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * ring_bytes));
+    row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
     row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
     row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(width) * 4));
