@@ -117,7 +117,7 @@ class Batch {
   int multiprocessors_ = 0;
 
   std::vector<Unit> units_;
-  Buffer<char> memory_;  // every unit's arrays
+  Buffer<char> memory_;                                              // every unit's arrays
   std::map<int, TileMaps> maps_{{short_ring, {}}, {long_ring, {}}};  // by bytes of a warp's ring
   Buffer<Unit> device_units_;
   Buffer<Progress> progress_;

@@ -32,8 +32,8 @@ struct Fixed {
   float* logits;    // [group][logit_stride] of the latest row
   long long clock;  // when the phase under way began
   int logit_stride;
-  bool streamed;    // rows of this shape go over tensor cores
-  int tile;         // slots of a tile of their streams
+  bool streamed;  // rows of this shape go over tensor cores
+  int tile;       // slots of a tile of their streams
 };
 static_assert(sizeof(Fixed) + 1024 <= team_memory_bytes);
 
@@ -256,17 +256,23 @@ struct Play {
   /// Whether this warp streams a slot.
   __device__ bool streams_slot(int slot, int tile) const { return warp == tile_of(slot, tile) % stream_warps; }
 
-  /// order and rank when the victim has gone from place `gap` and the last slot taken its own: by `threads` threads of which this
-  /// is `thread`. Needs a barrier before, one must follow.
+  /// order and rank without the victim, whose place was `gap`; by `threads` threads. Needs a barrier before, one must follow.
   __device__ void close_gap(int victim, int gap, int thread, int threads) const {
     const int last = size - 1;
     int *rank = unit.rank, *order = unit.order;
-    for (int s = thread; s < size; s += threads) {
-      const int old = rank[s], place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
-      if (s != victim) rank[slot] = place, order[place] = slot;
+    constexpr int ahead = 4;  // they may lie in device memory
+    for (int first = thread; first < size; first += ahead * threads) {
+      int old[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) old[k] = rank[min(first + k * threads, last)];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) {
+        const int s = first + k * threads, place = old[k] > gap ? old[k] - 1 : old[k], slot = s == last ? victim : s;
+        if (s < size && s != victim) rank[slot] = place, order[place] = slot;
+      }
     }
   }
-  /// The books of the same; by the clerk, who knows all that he books. `merges`: the token may stand for others, or be adopted.
+  /// The books of the same; by the clerk, who knows all that he books. `merges`: tokens may stand for others, or be adopted.
   __device__ void book_removal(int victim, bool merges) const {
     const int last = size - 1, gone = unit.token[victim], token = unit.token[last];
     const int multiplicity = merges ? unit.multiplicity[last] : 1;
@@ -278,29 +284,25 @@ struct Play {
   }
   /// A slot's rows, by one warp.
   __device__ __forceinline__ void write_rows_of(int slot, const void* key, const void* value) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
     if (fixed.streamed) {  // half a warp a row
       const bool keys = lane < 16;
-      const int dim = keys ? trace.key_dim : trace.value_dim, chunk = lane % 16;
-      if (chunk * 8 < dim)
-        reinterpret_cast<uint4*>(keys ? unit.keys : unit.values)[slot * (dim / 8) + chunk] =
-            static_cast<const uint4*>(keys ? key : value)[chunk];
+      const int dim = keys ? trace.key_dim : trace.value_dim;
+      uint4* const rows = reinterpret_cast<uint4*>(keys ? unit.keys : unit.values);
+      if (chunk * 8 < dim) rows[slot * (dim / 8) + chunk] = static_cast<const uint4*>(keys ? key : value)[chunk];
       return;
     }
     copy_row(unit.keys, trace.elements, trace.key_dim, slot, key, 0, lane, 32);
     copy_row(unit.values, trace.elements, trace.value_dim, slot, value, 0, lane, 32);
   }
-  /// The last slot's rows take the victim's place: `key` and `value` are them, in memory, or a copy. The warp that streams the slot
-  /// has its row then, others need a barrier. The cache is a slot smaller. `tile` as patch()'s.
+  /// The last slot's rows, `key` and `value`, take the victim's place: known to the warp that streams it, others need a barrier.
   __device__ __forceinline__ void take_place(int victim, const void* key, const void* value, int tile) {
-    const int last = size - 1;
-    if (victim != last && streams_slot(victim, tile)) {
+    if (victim != size - 1 && streams_slot(victim, tile)) {
       write_rows_of(victim, key, value);
       __syncwarp();
       patch(victim, key, value, tile);
     }
-    changed = victim;
-    size = last;
+    changed = victim, --size;
   }
 
   /// order and rank from the slots' tokens: all tokens so far are looked at. Needs and gives a barrier.

@@ -304,12 +304,11 @@ struct Player : Play {
   }
   /// Play::book_removal, and the policy's data.
   __device__ void book_removal(int victim) const {
-    const bool merges = detail::declares_on_merge<P> && traits().merges;  // else all stay, and stand for themselves
+    const bool merges = detail::declares_on_merge<P> && traits().merges;  // else all stand for themselves
     const int last = size - 1;
     const Slot moves = state(last);
     Play::book_removal(victim, merges);
     if (victim != last) state(victim) = moves;
-    if (!merges) return;
     if (victim != last) unit.stays[victim] = unit.stays[last];
     unit.stays[last] = 1;
   }

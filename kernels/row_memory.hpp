@@ -5,21 +5,24 @@
 namespace kv {
 
 constexpr int team_threads = 256, team_warps = team_threads / 32;
-constexpr int stream_warps = 4;  // the first warps of a team: they stream the cache, while the others serve the step
-constexpr int stream_heads = 8;  // most query heads of a group that can be streamed
+constexpr int stream_warps = 4;   // the first warps of a team: they stream the cache, while the others serve the step
+constexpr int stream_heads = 8;   // most query heads of a group that can be streamed
 constexpr int short_ring = 8192;  // bytes of a warp that streams: its tile of keys and that of values
 constexpr int long_ring = 2 * short_ring;  // where the records of steps leave room
 constexpr int softmax_parts =
     8;  // most parts that a head's softmax is put together from: a warp's each, the newest slot's, the sink's
 static_assert(stream_warps + 2 <= softmax_parts);
-constexpr int input_buffers = 3;  // a step's inputs: of the one before or the one after next, the present one, and the next
+constexpr int input_buffers =
+    3;  // a step's inputs: of the one before or the one after next, the present one, and the next
 
 constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 /// Slots that a warp takes at a time: 16, or 32.
 constexpr int tile_slots(int width, int ring_bytes) { return ring_bytes / (4 * width); }
 /// The tile of a slot; whole tiles in so many slots.
-constexpr int tile_of(int slot, int tile) { return static_cast<int>(static_cast<unsigned>(slot) >> (tile > 16 ? 5 : 4)); }
+constexpr int tile_of(int slot, int tile) {
+  return static_cast<int>(static_cast<unsigned>(slot) >> (tile > 16 ? 5 : 4));
+}
 
 /// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
 constexpr int stream_pitch(int width) { return width + 4; }

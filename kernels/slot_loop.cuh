@@ -159,10 +159,9 @@ struct SlotLoop {
       if (s + step < size) next[0] = read<heads>(s + step), next[1] = read<heads>(other(s + step));
       float weighed[2][heads];
 #pragma unroll
-      for (int g = 0; g < heads; ++g) weighed[0][g] = weigh<looks>(mine[0].logit[g], mine[0].bias, log_sums[g]);
-      if (s - static_cast<int>(threadIdx.x % 32) + team_threads < size)  // the same in all lanes
+      for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int g = 0; g < heads; ++g) weighed[1][g] = weigh<looks>(mine[1].logit[g], mine[1].bias, log_sums[g]);
+        for (int g = 0; g < heads; ++g) weighed[k][g] = weigh<looks>(mine[k].logit[g], mine[k].bias, log_sums[g]);
       f(s, mine[0].token, weighed[0]);
       if (s + team_threads < size) f(s + team_threads, mine[1].token, weighed[1]);
     }

@@ -36,8 +36,7 @@ struct StepInputs {
     };
     static_assert(team_warps - stream_warps > 2);  // the first has books to keep
     if (warp == 1) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
-    if (warp == 2)
-      copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
+    if (warp == 2) copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
     const int pitch = query_pitch(width);
 #pragma unroll 1
     for (int g = warp; g < group; g += team_warps - stream_warps) {

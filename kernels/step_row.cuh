@@ -18,9 +18,9 @@ class StepRow : protected Stages<P, tile> {
   using Base::size;
   static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
   /// Whether warps that stream may decide who goes while the others measure: where slots are all that hooks look at.
-  static constexpr bool may_part = plain && !biased && !detail::declares_on_append<P> && !detail::declares_on_evict<P> &&
-                                   !detail::declares_on_merge<P> && !detail::declares_on_compress<P> &&
-                                   !detail::declares_on_selected<P> &&
+  static constexpr bool may_part = plain && !biased && !detail::declares_on_append<P> &&
+                                   !detail::declares_on_evict<P> && !detail::declares_on_merge<P> &&
+                                   !detail::declares_on_compress<P> && !detail::declares_on_selected<P> &&
                                    !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
@@ -258,7 +258,8 @@ class StepRow : protected Stages<P, tile> {
     if (measured_ < 0) return;
     if (first < group) compare_here(p_.fixed, first, measured_, measured_token_, output, full_output(first));
     if (first + serving_warps < group)
-      compare_plain(p_.fixed, first + serving_warps, measured_, measured_token_, other, full_output(first + serving_warps));
+      compare_plain(p_.fixed, first + serving_warps, measured_, measured_token_, other,
+                    full_output(first + serving_warps));
   }
 
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the

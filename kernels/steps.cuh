@@ -1,9 +1,11 @@
 // Tokens that come alone, one after the other in one launch: append, attend, measure, observe, score, and let one go.
 //
-// A step at a full cache has two barriers. Before the first, some warps stream the cache; the others measure the step
-// before, book the new token and fetch the next one's inputs. Then every thread knows the row's log-sum-exps, observes and
-// scores its own slots. After the second barrier everyone knows who goes; the newest row takes that place in memory, and in
-// the tile that is already under way for the next step. What needs more - biases, probes, rotations, merges - adds barriers.
+// A step at a full cache has two barriers. Before the first, some warps stream the cache, the others book the new token and look
+// at it. Then every thread knows the row's log-sum-exps, observes and scores its own slots. After the second barrier everyone
+// knows who goes; the newest row takes that place in memory, and in the tile that is already under way for the next step. The
+// warps that stream go on with that one at once; the others measure, fetch inputs for the step after it and book who went. Where
+// hooks want more than slots, all go together, and measure and fetch under the next step's stream. What needs more - biases,
+// probes, rotations, merges - adds barriers.
 #pragma once
 #include "kernels/step_records.cuh"
 #include "kernels/step_row.cuh"
@@ -39,10 +41,10 @@ class Steps : StepRow<P, width, tile> {
   using Row::attend_again;
   using Row::begin;
   using Row::begin_step;
-  using Row::end;
-  using Row::fetch_ahead;
   using Row::bias_;
   using Row::bias_moved_;
+  using Row::end;
+  using Row::fetch_ahead;
   using Row::future_mass;
   using Row::inputs;
   using Row::links;
@@ -162,35 +164,34 @@ class Steps : StepRow<P, width, tile> {
     if (may_part && !s.streams_now()) s.fetch_ahead(token);  // again: other rows' queries may have taken their place
   }
   __device__ void end_otherwise(int token, const Course& course) {
-    Steps& s = *this;
-    if (!course.attends) s.pass_by(token);
+    if (!course.attends) pass_by(token);
     if constexpr (may_part)
-      if (course.attends && !course.ranked && !s.streams_now()) s.look_back(token);
-    if (!course.ranked) s.stop_clock(TimedPhase::attend);
+      if (course.attends && !course.ranked && !streams_now()) look_back(token);
+    if (!course.ranked) stop_clock(TimedPhase::attend);
     if (course.masses) {
-      s.settle_measure();
-      s.mass(course.m, token, s.bias_);
-      s.row_of_ = -1, s.own_look_ = false;
-      if (course.observes) s.attend_again(token, 0x7fffffff);
+      settle_measure();
+      mass(course.m, token, bias_);
+      row_of_ = -1, own_look_ = false;
+      if (course.observes) attend_again(token, 0x7fffffff);
     }
-    if (!s.streams_now()) await_copies<0>();
+    if (!streams_now()) await_copies<0>();
     if (course.ranks && !course.ranked) {
-      const int victim = s.observe_and_rank(token, course.observes);
-      s.stop_clock(TimedPhase::score);
+      const int victim = observe_and_rank(token, course.observes);
+      stop_clock(TimedPhase::score);
       if (victim >= 0) {
-        s.drop(token, victim);
-        s.stop_clock(TimedPhase::compact);
+        drop(token, victim);
+        stop_clock(TimedPhase::compact);
         __syncthreads();
         return;
       }
     } else if (!course.ranked) {
-      if (course.observes) s.observe();
+      if (course.observes) observe();
       __syncthreads();
-      s.stop_clock(TimedPhase::observe);
+      stop_clock(TimedPhase::observe);
     }
-    if (course.compresses) return s.compress_rounds(token);
-    const int newest = s.p_.size - 1, of = s.p_.stream_tile();
-    if (s.p_.streams_slot(newest, of)) s.p_.patch(newest, s.inputs().key(token), s.inputs().value(token), of);
+    if (course.compresses) return compress_rounds(token);
+    const int newest = p_.size - 1, of = p_.stream_tile();
+    if (p_.streams_slot(newest, of)) p_.patch(newest, inputs().key(token), inputs().value(token), of);
   }
 
   /// A step in which nobody attends.

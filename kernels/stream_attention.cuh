@@ -42,9 +42,8 @@ class Stream : TileRing {
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
         both_at_once_(probing != Probing::among_queries && same_in_warp(look.group) <= stream_heads / 2),
         scale_(look.scale),
-        logits_(look.logits && head() < look.group
-                    ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
-                    : nullptr),
+        logits_(look.logits && head() < look.group ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
+                                                   : nullptr),
         next_logits_(head() + 1 < look.group ? look.logit_stride : 0),
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_) * 2 * tile_bytes),
         landed_(landed_of(memory, warp_)) {
@@ -157,25 +156,10 @@ class Stream : TileRing {
           copy_box(to + i * half_bytes, map, static_cast<int>(i) * 64, which * tile, unit_, barrier, wish);
       }
     } else {
-      fetch_by_lanes(static_cast<const char*>(keys ? look_.keys : look_.values), keys ? look_.key_dim : look_.value_dim,
-                     which, to);
+      copy_by_lanes<width, tile>(to, static_cast<const char*>(keys ? look_.keys : look_.values),
+                                 keys ? look_.key_dim : look_.value_dim, which * tile, which < tiles_ ? now_.slots : 0);
     }
   }
-  /// fetch() by every lane's copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies in any case.
-  __device__ void fetch_by_lanes(const char* rows, int dim, int which, unsigned to) const {
-    constexpr unsigned row_chunks = width / 8, copies = tile_bytes / 512, rows_a_copy = tile / copies;
-    const unsigned first = lane() / row_chunks, chunk = lane() % row_chunks;
-#pragma unroll
-    for (unsigned i = 0; i < copies && which < tiles_; ++i) {
-      const unsigned row = first + i * rows_a_copy;
-      const int slot = which * tile + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
-      const bool there = slot < now_.slots && channel < dim;
-      copy_16(to + swizzled_place(row, chunk, half_bytes),
-              there ? rows + (static_cast<long>(slot) * dim + channel) * 2 : rows, there);
-    }
-    close_copies();
-  }
-
   /// Where this lane's row of the b-th block of 16 channels lies, in the m-th of 16 slots: of keys, of values.
   __device__ static unsigned place(unsigned first, int b, int m) {
     return (first ^ static_cast<unsigned>(b % 4) * 32) + static_cast<unsigned>(b / 4) * half_bytes +
@@ -186,9 +170,9 @@ class Stream : TileRing {
   /// up apart: products wait for the last one of the same sum.
   __device__ __forceinline__ void dot_keys(int which, float (&dots)[row_blocks][4]) const {
     float sum[2][row_blocks][4] = {}, probe[2][row_blocks][4] = {};
-    const unsigned probe_at = probing == Probing::apart
-                                  ? shared_address(memory_.probe) + (lane() % 4 * query_pitch(width) + lane() / 8 * 8) * 2
-                                  : 0;
+    const unsigned probe_at = probing == Probing::apart ? shared_address(memory_.probe) +
+                                                              (lane() % 4 * query_pitch(width) + lane() / 8 * 8) * 2
+                                                        : 0;
     const auto multiply = [](float(&to)[4], const uint4& keys, const uint4& right, int k) {
       Words<Element>::mma(to, {keys.x, keys.y, keys.z, keys.w}, k == 0 ? right.x : right.z, k == 0 ? right.y : right.w);
     };
@@ -405,40 +389,5 @@ class Stream : TileRing {
   // comes again, as oracles take it back, gives the same numbers.
   float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {0, 0};
 };
-
-/// Streams a row, by the first stream_warps warps. Leaves parts and partial sums in `memory`; a barrier must follow.
-template <class Element, int width, int tile, Probing probing>
-__device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                            const Ring& ring, bool next) {
-  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles);
-  stream.start(ring);
-  stream.run(ring, next);
-  stream.store();
-}
-
-/// The same as a call, which has to save a register for each that it takes: for rows that are not the many.
-template <class Element, int width>
-__device__ __noinline__ void stream_row(const RowLook& look, const RowNow& now, StreamMemory& memory, const Ring& ring,
-                                        bool next) {
-  constexpr int tile = tile_slots(width, short_ring);
-  if (look.probe_vector)
-    stream_here<Element, width, tile, Probing::apart>(look, now, memory, ring, next);
-  else
-    stream_here<Element, width, tile, Probing::none>(look, now, memory, ring, next);
-}
-
-/// stream_row() of rows stored as `elements`, 16 bits each.
-__device__ __forceinline__ void stream_apart(Dtype elements, const RowLook& look, const RowNow& now,
-                                             StreamMemory& memory, const Ring& ring, bool next) {
-  const bool half = elements == Dtype::float16, wide = stream_width(look.key_dim, look.value_dim) > 64;
-  if (half && wide)
-    stream_row<__half, 128>(look, now, memory, ring, next);
-  else if (half)
-    stream_row<__half, 64>(look, now, memory, ring, next);
-  else if (wide)
-    stream_row<__nv_bfloat16, 128>(look, now, memory, ring, next);
-  else
-    stream_row<__nv_bfloat16, 64>(look, now, memory, ring, next);
-}
 
 }  // namespace kv

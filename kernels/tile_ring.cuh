@@ -47,8 +47,8 @@ struct TileRing {
 
   /// A row's new content where a running ring already holds the slot; by the warp that it belongs to. `key` and `value` are
   /// in shared or device memory.
-  __device__ __forceinline__ static void patch(const StreamMemory& memory, const Ring& ring, int width, int tile, int slot,
-                                               const RowLook& look, const void* key, const void* value) {
+  __device__ __forceinline__ static void patch(const StreamMemory& memory, const Ring& ring, int width, int tile,
+                                               int slot, const RowLook& look, const void* key, const void* value) {
     const int of = tile_of(slot, tile);
     if (!ring.running || of >= stream_warps || of >= ring.tiles) return;
     drain(memory, ring);
@@ -57,12 +57,29 @@ struct TileRing {
     const bool keys = threadIdx.x % 32 < 16;
     if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
       const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
-      store_shared(base + (keys ? 0 : bytes) +
-                       swizzled_place(static_cast<unsigned>(slot % tile), chunk, half_bytes(tile)),
-                   words);
+      store_shared(
+          base + (keys ? 0 : bytes) + swizzled_place(static_cast<unsigned>(slot % tile), chunk, half_bytes(tile)),
+          words);
     }
     if constexpr (copies_boxes) written_to_shared();
     __syncwarp();
+  }
+
+  /// Starts copying a tile's rows from a slot on, zeros from slot `slots` on and beyond the dimension; by copies of 16 bytes, 512
+  /// neighbouring ones a warp. Closes a group of copies.
+  template <int width, int tile>
+  __device__ static void copy_by_lanes(unsigned to, const char* rows, int dim, int first, int slots) {
+    constexpr unsigned row_chunks = width / 8, copies = tile_bytes(width, tile) / 512, rows_a_copy = tile / copies;
+    const unsigned lane = threadIdx.x % 32, chunk = lane % row_chunks;
+#pragma unroll
+    for (unsigned i = 0; i < copies && first < slots; ++i) {
+      const unsigned row = lane / row_chunks + i * rows_a_copy;
+      const int slot = first + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
+      const bool there = slot < slots && channel < dim;
+      copy_16(to + swizzled_place(row, chunk, half_bytes(tile)),
+              there ? rows + (static_cast<long>(slot) * dim + channel) * 2 : rows, there);
+    }
+    close_copies();
   }
 
   /// The warp's barriers: of its keys, its values.

@@ -1,7 +1,7 @@
 // One token's queries against a cache, within a thread block: logits, log-sum-exp, output. Long rows of 16-bit elements
 // are streamed over tensor cores; any other shape is computed plainly.
 #pragma once
-#include "kernels/stream_attention.cuh"
+#include "kernels/stream_row.cuh"
 
 namespace kv {
 
@@ -177,8 +177,7 @@ struct TokenAttention {
       };
       const int c = 2 * static_cast<int>(threadIdx.x % 32);
       if (c < look.key_dim) add(word(now.queries, g * pitch + c), word(now.newest_key, c));
-      if (c + 64 < look.key_dim)
-        add(word(now.queries, g * pitch + c + 64), word(now.newest_key, c + 64));
+      if (c + 64 < look.key_dim) add(word(now.queries, g * pitch + c + 64), word(now.newest_key, c + 64));
       dot = detail::warp_sum(dot);
       if (threadIdx.x % 32 != 0) continue;
       const float x = bent(look, now, now.slots, dot);
