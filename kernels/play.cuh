@@ -8,8 +8,8 @@
 
 namespace kv {
 
-/// What does not change while a unit is played, in shared memory: one copy for the thread block. Local memory is no place
-/// for it: the first-level cache has next to no room left beside the rings, so a spilt pointer is a trip to the second.
+/// What does not change while a unit is played, in shared memory, once. Local memory is no place for it: the first-level cache
+/// has next to no room left beside the rings, so a spilt pointer is a trip to the second.
 struct Fixed {
   /// Which measured query (-1: none) and which row of the layer's queries (-1: not recorded) a token's are, in turn.
   struct {
@@ -37,8 +37,7 @@ struct Fixed {
 };
 static_assert(sizeof(Fixed) + 1024 <= team_memory_bytes);
 
-/// A unit under way. What moves is the same number in every thread, in registers: functions that are not inlined take a
-/// copy, so that it can stay there.
+/// A unit under way. What moves is in registers, the same in every thread: functions that are not inlined take a copy.
 struct Play {
   Fixed& fixed;
   const Unit& unit;
@@ -50,7 +49,6 @@ struct Play {
   BlockTeam team;
 
   const int warp = warp_of_team();
-
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
@@ -226,8 +224,8 @@ struct Play {
             static_cast<long>(layer.query_rows) * trace.key_dim};
   }
 
-  /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits. What a
-  /// step has under way is lost. Gives a barrier. `width` and `tile` as TokenAttention::streamed has them.
+  /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits, what a step has
+  /// under way is lost. Gives a barrier. `width` and `tile` as TokenAttention::streamed has them.
   template <int width, int tile = 0>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
