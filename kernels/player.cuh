@@ -304,7 +304,7 @@ struct Player : Play {
   }
   /// Play::book_removal, and the policy's data.
   __device__ void book_removal(int victim) const {
-    const bool merges = detail::declares_on_merge<P> && traits().merges;  // else all stand for themselves
+    constexpr bool merges = detail::declares_on_merge<P>;  // else all stand for themselves
     const int last = size - 1;
     const Slot moves = state(last);
     Play::book_removal(victim, merges);
