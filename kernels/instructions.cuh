@@ -66,12 +66,6 @@ __device__ T& by_kept_address(T& object) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
-/// 16 bytes of shared memory. Volatile: never moved before the wait for the copies that bring them.
-__device__ inline uint4 load_shared(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address));
-  return x;
-}
 __device__ inline void store_shared(uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
