@@ -95,8 +95,8 @@ class Batch {
   void compress(const BlockRange& block, bool probes);
   void allocate();
   void steps(std::size_t first, std::size_t count, bool last_compresses);
-  /// RowLook::kept_tiles of steps over so many slots, `tile` at a time: half of the second-level cache, less what a unit's records take there,
-  /// of caches that it cannot hold.
+  /// RowLook::kept_tiles of steps over so many slots, `tile` at a time: half of the second-level cache, less what a unit's
+  /// records take there, of caches that it cannot hold.
   int kept_tiles(int slots, int tile, std::size_t spilled) const;
   void single_tokens(std::size_t first, std::size_t count);
   bool may_be_due(const BlockRange& block) const;

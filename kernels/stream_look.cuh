@@ -46,8 +46,8 @@ struct Queries {
 /// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
 struct RowNow {
   int slots, query_token;
-  const std::uint16_t*
-      queries;  // [stream_heads][query_pitch] in shared memory, zeros beyond the group and the dimension
+  // [stream_heads][query_pitch] in shared memory, zeros beyond the group and the dimension
+  const std::uint16_t* queries;
   const void *newest_key, *newest_value;  // rows of slot `slots`
   int changed = -1;                       // a slot whose row in memory the warp that streams it has just written, or -1
 };
@@ -59,12 +59,11 @@ struct alignas(8) SoftmaxPart {
 
 /// Shared memory of a stream: what is of one size for all shapes lies here.
 struct StreamMemory {
-  uint4*
-      ring;  // of every warp that streams, one behind the other: a tile of keys and one of values, at a multiple of 1024 bytes
+  uint4* ring;  // a tile of keys and one of values of each warp that streams, at a multiple of 1024 bytes
   uint64_t landed[stream_warps * 2];  // barriers of a warp: of its keys, its values
-  alignas(16)
-      SoftmaxPart parts[stream_heads * softmax_parts];  // one of each warp that streams, the newest slot's, the sink's
-  float* partial;                                       // [stream_warps][group][stream_pitch]
+  // One of each warp that streams, the newest slot's, the sink's.
+  alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];
+  float* partial;   // [stream_warps][group][stream_pitch]
   uint4* lanes;     // [32] where each lane's part lies: of queries, of a tile of keys, of one of values
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 };

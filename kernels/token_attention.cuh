@@ -206,7 +206,7 @@ struct TokenAttention {
       if (i * heads_at_once >= look.group) break;
       const SoftmaxPart* const of_head = memory.stream.parts + i * 32 + lane / softmax_parts * softmax_parts;
       const SoftmaxPart mine = of_head[lane % softmax_parts];
-      SoftmaxPart part[used_parts];
+      alignas(16) SoftmaxPart part[used_parts];
 #pragma unroll
       for (int p = 0; p < used_parts; p += 2)
         *reinterpret_cast<float4*>(&part[p]) = *reinterpret_cast<const float4*>(&of_head[p]);
