@@ -5,8 +5,8 @@
 namespace kv {
 
 /// Player::compress().
-template <class P, int tile>
-__device__ __noinline__ void Player<P, tile>::compress_copy(Player& p, int buffer, int window_rows) {
+template <class P, bool plain>
+__device__ __noinline__ void Player<P, plain>::compress_copy(Player& p, int buffer, int window_rows) {
   const Unit& unit = p.unit;
   const BlockTeam team = p.team;
   const Traits traits = p.traits();
@@ -56,8 +56,8 @@ __device__ __noinline__ void Player<P, tile>::compress_copy(Player& p, int buffe
 }
 
 /// The victims one by one, the lowest score first, each plan seeing the folds before it. Slots move: tokens do not.
-template <class P, int tile>
-__device__ void Player<P, tile>::one_by_one(const DeviceCandidates& c, const int* going, int gone) {
+template <class P, bool plain>
+__device__ void Player<P, plain>::one_by_one(const DeviceCandidates& c, const int* going, int gone) {
   int* tokens = unit.work[4];
   const auto key_of = [&](int i) {
     const int place = unit.rank[going[i]];

@@ -8,10 +8,9 @@
 
 namespace kv {
 
-/// `tile`: of the streams of rows that are known to be of bfloat16 (step_row.cuh); 0 = any rows.
-template <class P, int tile = 0>
+/// `plain`: of rows that are known to be of bfloat16 (step_look.cuh).
+template <class P, bool plain = false>
 struct Player : Play {
-  static constexpr bool plain = tile > 0;
   using PolicyType = P;
   using Slot = typename P::Slot;
   using Scratch = typename P::Scratch;
@@ -24,7 +23,6 @@ struct Player : Play {
   __device__ Player(Fixed& f, const P& policy_) : Play(f), policy(policy_) {}
 
   __device__ Traits traits() const { return policy.traits(); }
-  __device__ int stream_tile() const { return plain ? tile : fixed.tile; }
   static __device__ Dtype elements_of(const TraceData& trace) { return plain ? Dtype::bfloat16 : trace.elements; }
   __device__ Dtype elements() const { return elements_of(trace); }
   __device__ Dtype dtype() const { return plain ? Dtype::bfloat16 : trace.dtype; }
@@ -171,15 +169,25 @@ struct Player : Play {
     return p;
   }
 
-  /// on_attention of the row just attended, of groups that SlotLoop does not take: a thread's own slots only, so without a
-  /// barrier.
+  /// on_attention of the row just attended, for a thread's own slots: without a barrier. Not inlined: most steps observe while
+  /// they score.
   __device__ void observe_row() const {
-    if constexpr (detail::declares_on_attention<P>)
-      team.for_each(size, [&](int s) {
-        float* sums = unit.sums + static_cast<long>(s) * trace.group;
-        for (int g = 0; g < trace.group; ++g) sums[g] = weighed(s, g, false, 0);
-        policy.on_attention(view(s), Observed{sums, 1, trace.group});
-      });
+    if constexpr (detail::declares_on_attention<P>) observe_row_apart(fixed, policy, size, now, phase, block);
+  }
+  static __device__ __noinline__ void observe_row_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                        int block) {
+    const SlotLoop<P> slots(fixed, now);
+    const P mine = policy;
+    const auto nothing_else = [](int, int) {};
+    if (slots.info.group <= loop_heads) return slots.observe(mine, size, nothing_else);
+    if (slots.info.group <= stream_heads) return slots.template observe<stream_heads>(mine, size, nothing_else);
+    Player player(fixed, policy);
+    player.size = size, player.now = now, player.phase = phase, player.block = block;
+    player.team.for_each(size, [&](int s) {
+      float* sums = player.unit.sums + static_cast<long>(s) * player.trace.group;
+      for (int g = 0; g < player.trace.group; ++g) sums[g] = player.weighed(s, g, false, 0);
+      policy.on_attention(player.view(s), Observed{sums, 1, player.trace.group});
+    });
   }
 
   /// unit.sums of the row just attended, added to what is there (`first`: instead of it).
@@ -286,21 +294,21 @@ struct Player : Play {
   __device__ void drop_one(int victim) {
     const int last = size - 1, gap = unit.rank[victim];
     __syncthreads();
-    let_go(victim, gap, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim));
+    let_go(victim, gap, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim), fixed.tile);
     __syncthreads();
   }
 
   /// `key` and `value`: the last slot's rows, which take the victim's place. `gap`: the victim's rank, read before the last
   /// barrier; -1 leaves order and rank behind, for find_order() to make again. One must follow: but the clerk knows all that
-  /// he books, and the warp that streams the slot has its row.
-  __device__ void let_go(int victim, int gap, const void* key, const void* value) {
+  /// he books, and the warp that streams the slot has its row. `tile` as patch() has it.
+  __device__ void let_go(int victim, int gap, const void* key, const void* value, int tile) {
     if constexpr (detail::declares_on_evict<P>) {
       if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim, false);
       __syncthreads();
     }
     if (gap >= 0) close_gap(victim, gap, static_cast<int>(threadIdx.x), team_threads);
     if (is_clerk()) book_removal(victim);
-    take_place(victim, key, value, stream_tile());
+    take_place(victim, key, value, tile);
   }
   /// Play::book_removal, and the policy's data.
   __device__ void book_removal(int victim) const {

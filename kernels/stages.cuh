@@ -7,8 +7,8 @@
 
 namespace kv {
 
-/// One unit at one stage of a launch; `tile` as Player's.
-template <class P, int tile = 0>
+/// One unit at one stage of a launch; `plain` as Player's.
+template <class P, bool plain = false>
 class Stages {
  public:
   __device__ Stages(const Launch& launch, Fixed& fixed, const P& policy) : args_(launch), p_(fixed, policy) {
@@ -211,7 +211,7 @@ class Stages {
   }
 
   const Launch& args_;
-  Player<P, tile> p_;
+  Player<P, plain> p_;
 };
 
 }  // namespace kv

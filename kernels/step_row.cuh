@@ -1,22 +1,18 @@
-// The row of a step: what it looks at, the warps that stream it and those that serve them, its measure, and the rows that
-// attend besides it.
-//
-// Most rows are plain: of bfloat16, over tensor cores, keys at their own positions, logits neither bent nor hidden, and masses
-// are not asked for. Kernels for plain rows are compiled apart: less code, in which tensor cores wait for less.
+// The row of a step: the warps that stream it and those that serve them, its measure, and the rows that attend besides it.
 #pragma once
-#include "kernels/stages.cuh"
-#include "kernels/step_inputs.cuh"
+#include "kernels/step_look.cuh"
 
 namespace kv {
 
 /// `width`, `tile`: of the streams, where rows are plain; 0 for any rows.
 template <class P, int width, int tile>
-class StepRow : protected Stages<P, tile> {
-  using Base = Stages<P, tile>;
+class StepRow : protected StepLook<P, width> {
+  using Base = StepLook<P, width>;
 
  public:
+  using Base::biased;
+  using Base::plain;
   using Base::size;
-  static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
   /// Whether warps that stream may decide who goes while the others measure: where slots are all that hooks look at.
   static constexpr bool may_part = plain && !biased && !detail::declares_on_append<P> &&
                                    !detail::declares_on_evict<P> && !detail::declares_on_merge<P> &&
@@ -32,27 +28,23 @@ class StepRow : protected Stages<P, tile> {
                               p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
  protected:
-  using Base::add_statistics;
+  using Base::absolute;
   using Base::args_;
+  using Base::asks_for_mass;
+  using Base::attention;
+  using Base::bias_;
+  using Base::future_mass;
+  using Base::inputs;
+  using Base::look;
   using Base::p_;
-  using Base::watches;
+  using Base::streamed;
+  using Base::streams_now;
 
-  __device__ bool streams_now() const { return p_.warp < stream_warps; }
-  __device__ bool streamed() const { return plain || p_.fixed.streamed; }
-  __device__ bool absolute() const { return plain || p_.absolute(); }
-  __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
-  __device__ bool future_mass() const { return !plain && p_.traits().future_mass; }
-  __device__ int stream_width() const { return plain ? width : kv::stream_width(p_.trace.key_dim, p_.trace.value_dim); }
-  __device__ StepInputs inputs() const { return {p_, streamed(), stream_width()}; }
-  __device__ TokenAttention attention() const {
-    TokenAttention attention = p_.attention();
-    if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
-    return attention;
-  }
+  __device__ int stream_tile() const { return plain ? tile : p_.fixed.tile; }
 
   __device__ void begin() {
     if (streamed()) {  // beyond the group and the dimension queries stay zeros
-      const int words = stream_heads * query_pitch(stream_width()) / 2;
+      const int words = stream_heads * query_pitch(Base::stream_width()) / 2;
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
@@ -76,65 +68,6 @@ class StepRow : protected Stages<P, tile> {
     measure_row();
   }
 
-  __device__ void begin_step(int token, int block) {
-    p_.now = token, p_.block_first = token, p_.block = block;
-    p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
-  }
-
-  /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks
-  /// see.
-  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && absolute(); }
-
-  /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
-  /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before. `ring`: the step's, which rows beside
-  /// its own may take; null where rows are plain and there are none.
-  static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
-                                              int block, bool attends, bool due, bool looks, Ring* ring) {
-    StepRow s(args, fixed, policy);
-    auto& p = s.p_;
-    p.size = size;
-    if constexpr (!plain) p.ring = *ring;
-    s.begin_step(token, block);
-    const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
-    const int last = size - 1;
-    if (p.is_clerk_warp()) {
-      p.append_one(token, s.inputs().key(token), s.inputs().value(token));
-      if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
-      if (biases && p.is_clerk()) p.fill_biases(last, size, 0, 1);
-    } else if (biases) {
-      const int others = team_threads - 32, thread = static_cast<int>(threadIdx.x);
-      p.fill_biases(0, last, p.warp < stream_warps ? thread : thread - 32, others);
-    }
-    __syncthreads();
-    if (s.watches()) s.add_statistics(token, token + 1);
-    if constexpr (!plain) *ring = p.ring;
-    if (!attends) return;
-    if (looks) s.look(token, 0x7fffffff, due);
-    if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
-    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
-    __syncthreads();
-  }
-
-  /// The policy's vector to where the stream of a token's row finds it; by one warp.
-  __device__ void place_probe(int token) const {
-    const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
-    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
-    if constexpr (plain)
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
-                                 Probing::among_queries);
-    else if (p_.trace.elements == Dtype::float16)
-      split_probe<__half>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
-    else
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
-  }
-
-  /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
-  __device__ void look(int token, int newest_key, bool scores) {
-    bias_ = p_.biases(p_.size);
-    p_.look_at(token, bias_, newest_key, probes(scores) ? p_.unit.probe : nullptr);
-    p_.probe_known = p_.probe_known || probes(scores);
-  }
-
   /// The step's row: logits, log-sum-exps, outputs. `appends`: the token is booked meanwhile. Outputs need a
   /// barrier.
   __device__ __forceinline__ void pass(int token, bool appends) {
@@ -154,9 +87,9 @@ class StepRow : protected Stages<P, tile> {
     const bool next = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
       const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
-      if (stale >= 0 && stale < last && p_.streams_slot(stale, p_.stream_tile()))
+      if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile()))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
-                 p_.stream_tile());
+                 stream_tile());
       stream(now, next);
     } else {
       if constexpr (plain && !may_part) measure_and_free();
@@ -168,7 +101,7 @@ class StepRow : protected Stages<P, tile> {
         serve(token);
     }
     p_.stale = p_.changed = -1;
-    TileRing::advance(p_.ring, p_.stream_tile(), last, next);
+    TileRing::advance(p_.ring, stream_tile(), last, next);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row, true);
@@ -256,10 +189,10 @@ class StepRow : protected Stages<P, tile> {
     if (measured_ >= 0 && first + serving_warps < group) other = output_of(first + serving_warps);
     free_parts();
     if (measured_ < 0) return;
-    if (first < group) compare_here(p_.fixed, first, measured_, measured_token_, output, full_output(first));
+    if (first < group) measure_lanes(p_.fixed, first, measured_, measured_token_, output, full_output(first));
     if (first + serving_warps < group)
-      compare_plain(p_.fixed, first + serving_warps, measured_, measured_token_, other,
-                    full_output(first + serving_warps));
+      measure_lanes_apart(p_.fixed, first + serving_warps, measured_, measured_token_, other,
+                          full_output(first + serving_warps));
   }
 
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
@@ -271,35 +204,14 @@ class StepRow : protected Stages<P, tile> {
     for (int g = p_.warp - stream_warps; g < group; g += team_warps - stream_warps) {
       const float* const full_output = inputs().full_output(measured_token_, g, measured_);
       if constexpr (plain)
-        compare_plain(p_.fixed, g, measured_, measured_token_,
-                      attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row),
-                      full_output);
+        measure_lanes_apart(p_.fixed, g, measured_, measured_token_,
+                            attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row),
+                            full_output);
       else
         measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim, full_output,
                      static_cast<double>(p_.row.log_sum[g]));
     }
   }
-  /// A plain row's output of head g, four channels a lane.
-  static __device__ __noinline__ void compare_plain(Fixed& fixed, int g, int m, int token, float4 output,
-                                                    const float* full_output) {
-    compare_here(by_kept_address(fixed), g, m, token, output, full_output);
-  }
-  static __device__ __forceinline__ void compare_here(Fixed& f, int g, int m, int token, float4 output,
-                                                      const float* full_output) {
-    const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
-    OutputSums sums;
-    if (c < dv) {
-      const float4 full = *reinterpret_cast<const float4*>(full_output + c);
-      sums.add(output.x, full.x), sums.add(output.y, full.y), sums.add(output.z, full.z), sums.add(output.w, full.w);
-      if (f.unit.delta)
-        *reinterpret_cast<float4*>(f.unit.delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) = {
-            output.x - full.x, output.y - full.y, output.z - full.z, output.w - full.w};
-    }
-    keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
-              static_cast<long>(g) * f.settings.measured_count + m, sums,
-              static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
-  }
-
   /// measure_row() now, before something else attends. Gives a barrier when it has to.
   __device__ void settle_measure() {
     if (measured_ < 0) return;
@@ -317,42 +229,11 @@ class StepRow : protected Stages<P, tile> {
     row_of_ = newest_key < p_.now ? -1 : token;
     own_look_ = false;
   }
-  /// on_attention of the step's row, for a thread's own slots. Not inlined: most steps observe while they score.
-  __device__ void observe() const {
-    if constexpr (detail::declares_on_attention<P>)
-      observe_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block);
-  }
-  static __device__ __noinline__ void observe_apart(Fixed& fixed, const P& policy, int size, int now, Phase phase,
-                                                    int block) {
-    if (fixed.trace.group > stream_heads) {
-      Player<P, tile> player(fixed, policy);
-      player.size = size, player.now = now, player.phase = phase, player.block = block;
-      return player.observe_row();
-    }
-    const SlotLoop<P> slots(fixed, now);
-    const P mine = policy;
-    const auto nothing_else = [](int, int) {};
-    if (slots.info.group <= loop_heads)
-      slots.observe(mine, size, nothing_else);
-    else
-      slots.template observe<stream_heads>(mine, size, nothing_else);
-  }
-
   __device__ void start_clock() {
-    if (args_.timed) start_clock_apart(p_.fixed);
+    if (args_.timed) start_phase_clock(p_.fixed);
   }
   __device__ void stop_clock(TimedPhase phase) {
-    if (args_.timed) stop_clock_apart(p_.fixed, p_.block * timed_phases + static_cast<int>(phase));
-  }
-  static __device__ __noinline__ void start_clock_apart(Fixed& fixed) {
-    if (threadIdx.x == 0) fixed.clock = clock64();
-  }
-  static __device__ __noinline__ void stop_clock_apart(Fixed& fixed, int index) {
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    const long long now = clock64();
-    fixed.unit.clocks[index] += static_cast<unsigned>(now - fixed.clock);
-    fixed.clock = now;
+    if (args_.timed) stop_phase_clock(p_.fixed, p_.block * timed_phases + static_cast<int>(phase));
   }
 
   /// What a copy that went on in this one's place left behind.
@@ -366,9 +247,8 @@ class StepRow : protected Stages<P, tile> {
   static constexpr int parts_are_free = 1, serving = parts_are_free + stream_warps;
   static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
-  const bool prepares_;              // every step does
-  TokenAttention::Weights weights_;  // of the last row, where it is plain
-  const float* bias_ = nullptr;
+  const bool prepares_;                      // every step does
+  TokenAttention::Weights weights_;          // of the last row, where it is plain
   int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
   bool own_look_ = false;                    // fixed.look is that of a step's own row

@@ -34,7 +34,7 @@ class Steps : StepRow<P, width, tile> {
 
  private:
   using Row = StepRow<P, width, tile>;
-  using Played = Player<P, tile>;
+  using Played = Player<P, (width > 0)>;
   using Row::absolute;
   using Row::args_;
   using Row::asks_for_mass;
@@ -55,7 +55,6 @@ class Steps : StepRow<P, width, tile> {
   using Row::measure_row;
   using Row::measured_;
   using Row::measured_token_;
-  using Row::observe;
   using Row::own_look_;
   using Row::p_;
   using Row::pass;
@@ -69,6 +68,7 @@ class Steps : StepRow<P, width, tile> {
   using Row::settle_measure;
   using Row::start_clock;
   using Row::stop_clock;
+  using Row::stream_tile;
   using Row::streaming_threads;
   using Row::streams_now;
   using Row::watches;
@@ -131,7 +131,7 @@ class Steps : StepRow<P, width, tile> {
     const int victim = rank_slots(token, observes);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
     if (streams_now()) {
-      if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), p_.stream_tile());
+      if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), stream_tile());
       return victim >= 0;
     }
     look_back(token);
@@ -185,12 +185,12 @@ class Steps : StepRow<P, width, tile> {
         return;
       }
     } else if (!course.ranked) {
-      if (course.observes) observe();
+      if (course.observes) p_.observe_row();
       __syncthreads();
       stop_clock(TimedPhase::observe);
     }
     if (course.compresses) return compress_rounds(token);
-    const int newest = p_.size - 1, of = p_.stream_tile();
+    const int newest = p_.size - 1, of = stream_tile();
     if (p_.streams_slot(newest, of)) p_.patch(newest, inputs().key(token), inputs().value(token), of);
   }
 
@@ -255,7 +255,7 @@ class Steps : StepRow<P, width, tile> {
     }
     if (newest_folded)
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
-    p_.let_go(victim, gap, key, value);
+    p_.let_go(victim, gap, key, value, stream_tile());
     if (p_.is_clerk()) ++p_.progress.compressions;
     if (copies_boxes && merges()) written_to_device();  // rows that the fold wrote
     if (newest_folded || gap >= 0 || detail::declares_log_bias<P>)
@@ -281,7 +281,7 @@ class Steps : StepRow<P, width, tile> {
   __device__ int observe_and_rank(int token, bool observes) {
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     if (window && (row_of_ != token || bias_moved_ || p_.traits().window_past)) {
-      if (observes) observe();
+      if (observes) p_.observe_row();
       observes = false;
       __syncthreads();
       Steps copy = *this;
@@ -317,7 +317,7 @@ class Steps : StepRow<P, width, tile> {
     if (detail::declares_on_compress<P>) Played::forget_scores(p_.fixed, p_.size);
     constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
     const bool before = observes && (window || compares || !at_once);
-    if (before) observe();
+    if (before) p_.observe_row();
     if (detail::declares_on_compress<P> || before) __syncthreads();
     observes = observes && !before;
     if constexpr (detail::declares_on_compress<P>) p_.score(1, true);

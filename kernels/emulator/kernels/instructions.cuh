@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "kernels/tile_map.hpp"
 
 namespace kv {
@@ -134,8 +136,8 @@ using emulator::barrier_wait;
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
-inline void add_release(int* to, int x) { *to += x; }
-inline int load_acquire(const int* from) { return *from; }
+inline void add_release(int* to, int x) { std::atomic_ref(*to).fetch_add(x, std::memory_order_release); }
+inline int load_acquire(int* from) { return std::atomic_ref(*from).load(std::memory_order_acquire); }
 using emulator::wait_a_moment;
 
 }  // namespace kv

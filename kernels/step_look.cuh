@@ -1,0 +1,115 @@
+// What the row of a step looks at, and what has to be known before anyone attends.
+//
+// Most rows are plain: of bfloat16, over tensor cores, keys at their own positions, logits neither bent nor hidden, and masses
+// are not asked for. Kernels for plain rows are compiled apart: less code, in which tensor cores wait for less.
+#pragma once
+#include "kernels/stages.cuh"
+#include "kernels/step_inputs.cuh"
+
+namespace kv {
+
+/// The time of phases in launches that clock them. A clock starts anew; a phase ends, which gives a barrier.
+__device__ __noinline__ inline void start_phase_clock(Fixed& fixed) {
+  if (threadIdx.x == 0) fixed.clock = clock64();
+}
+__device__ __noinline__ inline void stop_phase_clock(Fixed& fixed, int index) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const long long now = clock64();
+  fixed.unit.clocks[index] += static_cast<unsigned>(now - fixed.clock);
+  fixed.clock = now;
+}
+
+/// `width`: of the streams, where rows are plain; 0 for any rows.
+template <class P, int width>
+class StepLook : protected Stages<P, (width > 0)> {
+  using Base = Stages<P, (width > 0)>;
+
+ public:
+  using Base::size;
+  static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
+
+  using Base::Base;
+
+ protected:
+  using Base::add_statistics;
+  using Base::args_;
+  using Base::p_;
+  using Base::watches;
+
+  __device__ bool streams_now() const { return p_.warp < stream_warps; }
+  __device__ bool streamed() const { return plain || p_.fixed.streamed; }
+  __device__ bool absolute() const { return plain || p_.absolute(); }
+  __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
+  __device__ bool future_mass() const { return !plain && p_.traits().future_mass; }
+  __device__ int stream_width() const { return plain ? width : kv::stream_width(p_.trace.key_dim, p_.trace.value_dim); }
+  __device__ StepInputs inputs() const { return {p_, streamed(), stream_width()}; }
+  __device__ TokenAttention attention() const {
+    TokenAttention attention = p_.attention();
+    if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
+    return attention;
+  }
+
+  __device__ void begin_step(int token, int block) {
+    p_.now = token, p_.block_first = token, p_.block = block;
+    p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
+  }
+
+  /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks
+  /// see.
+  __device__ bool probes(bool due) const { return p_.traits().key_probe && due && absolute(); }
+
+  /// What has to be known before anyone attends, when it is not the same from step to step. `looks`: fixed.look is set anew.
+  /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before. `ring`: the step's, which rows beside
+  /// its own may take; null where rows are plain and there are none.
+  static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
+                                              int block, bool attends, bool due, bool looks, Ring* ring) {
+    StepLook s(args, fixed, policy);
+    auto& p = s.p_;
+    p.size = size;
+    if constexpr (!plain) p.ring = *ring;
+    s.begin_step(token, block);
+    const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
+    const int last = size - 1;
+    if (p.is_clerk_warp()) {
+      p.append_one(token, s.inputs().key(token), s.inputs().value(token));
+      if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
+      if (biases && p.is_clerk()) p.fill_biases(last, size, 0, 1);
+    } else if (biases) {
+      const int others = team_threads - 32, thread = static_cast<int>(threadIdx.x);
+      p.fill_biases(0, last, p.warp < stream_warps ? thread : thread - 32, others);
+    }
+    __syncthreads();
+    if (s.watches()) s.add_statistics(token, token + 1);
+    if constexpr (!plain) *ring = p.ring;
+    if (!attends) return;
+    if (looks) s.look(token, 0x7fffffff, due);
+    if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
+    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
+    __syncthreads();
+  }
+
+  /// The policy's vector to where the stream of a token's row finds it; by one warp.
+  __device__ void place_probe(int token) const {
+    const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
+    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
+    if constexpr (plain)
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
+                                 Probing::among_queries);
+    else if (p_.trace.elements == Dtype::float16)
+      split_probe<__half>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+    else
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+  }
+
+  /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.
+  __device__ void look(int token, int newest_key, bool scores) {
+    bias_ = p_.biases(p_.size);
+    p_.look_at(token, bias_, newest_key, probes(scores) ? p_.unit.probe : nullptr);
+    p_.probe_known = p_.probe_known || probes(scores);
+  }
+
+  const float* bias_ = nullptr;
+};
+
+}  // namespace kv
