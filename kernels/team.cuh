@@ -142,12 +142,9 @@ struct BlockTeam {
   __device__ static int first_with_least(unsigned long long key) {
     const auto high = static_cast<unsigned>(key >> 32), low = static_cast<unsigned>(key);
     const bool may_be = high == __reduce_min_sync(~0u, high);
-    unsigned who = __ballot_sync(~0u, may_be);
-    if ((who & (who - 1)) != 0) {  // seldom
-      const unsigned least_low = __reduce_min_sync(~0u, may_be ? low : ~0u);
-      who = __ballot_sync(~0u, may_be && low == least_low);
-    }
-    return __ffs(static_cast<int>(who)) - 1;
+    // Seldom more than one may be. But what is written under a predicate lives on from step to step, and would be spilt.
+    const unsigned least_low = __reduce_min_sync(~0u, may_be ? low : ~0u);
+    return __ffs(static_cast<int>(__ballot_sync(~0u, may_be && low == least_low))) - 1;
   }
 
   /// The smallest of a warp's keys.
