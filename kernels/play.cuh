@@ -257,18 +257,13 @@ struct Play {
   /// order and rank without the victim, whose place was `gap`; by `threads` threads. Needs a barrier before, one must follow.
   __device__ void close_gap(int victim, int gap, int thread, int threads) const {
     const int last = size - 1;
-    int *rank = unit.rank, *order = unit.order;
-    constexpr int ahead = 4;  // they may lie in device memory
-    for (int first = thread; first < size; first += ahead * threads) {
-      int old[ahead];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) old[k] = rank[min(first + k * threads, last)];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) {
-        const int s = first + k * threads, place = old[k] > gap ? old[k] - 1 : old[k], slot = s == last ? victim : s;
-        if (s < size && s != victim) rank[slot] = place, order[place] = slot;
-      }
-    }
+    int *rank = unit.rank, *order = unit.order;  // they may lie in device memory
+    team.for_each_read_by(
+        thread, threads, size, [&](int s) { return rank[s]; },
+        [&](int s, int old) {
+          const int place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
+          if (s != victim) rank[slot] = place, order[place] = slot;
+        });
   }
   /// The books of the same; by the clerk, who knows all that he books. `merges`: tokens may stand for others, or be adopted.
   __device__ void book_removal(int victim, bool merges) const {

@@ -214,15 +214,14 @@ class Steps : StepRow<P, width, tile> {
     know_places();
     for (bool more = true; more;) {
       start_clock();
-      const int rows = look_window(token);
+      const int rows = look_window(token), buffer = meetings_ & 1;
       stop_clock(TimedPhase::observe);
       look_around();
       p_.score(rows);
       stop_clock(TimedPhase::score);
-      classify(p_.fixed, p_.size, p_.now, links(), buffer_);
+      classify(p_.fixed, p_.size, p_.now, links(), buffer);
       if (together()) meet();
-      p_.compress(buffer_, rows);
-      if (together()) buffer_ ^= 1;
+      p_.compress(buffer, rows);
       stop_clock(TimedPhase::compact);
       more = p_.over_budget();
       row_of_ = -1, p_.probe_known = false;  // slots have moved
@@ -298,6 +297,7 @@ class Steps : StepRow<P, width, tile> {
     const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
     const bool at_once = observes && slots.info.group <= loop_heads;  // observed in the pass that scores
+    const int buffer = meetings_ & 1;
     unsigned long long mine = ~0ull;
     int slot = -1;
     const auto rank = [&](int s, float score, int slot_token) {
@@ -310,7 +310,7 @@ class Steps : StepRow<P, width, tile> {
       const float score = checked_score(p_.fixed, given, s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
       if (together())
-        p_.unit.score_at[buffer_][s] = safety == safety_normal ? score : NAN;
+        p_.unit.score_at[buffer][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
@@ -336,11 +336,9 @@ class Steps : StepRow<P, width, tile> {
       slots.each(p_.size, look_at_slot);
     if (together()) {  // heads that keep the same tokens keep them in the same slots
       meet();
-      each_sum_over_heads(p_.fixed, buffer_, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
-      buffer_ ^= 1;
+      each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
     }
-    turn_ ^= 1;
-    return p_.team.least(mine, slot, turn_).slot;
+    return p_.team.least(mine, slot, p_.now & 1).slot;
   }
 
   __device__ void know_places() {
@@ -377,10 +375,10 @@ class Steps : StepRow<P, width, tile> {
   /// What a copy that went on in this one's place left behind.
   __device__ void follow(const Steps& copy) {
     Row::follow(copy);
-    buffer_ = copy.buffer_, turn_ = copy.turn_, meetings_ = copy.meetings_, placeless_ = copy.placeless_;
+    meetings_ = copy.meetings_, placeless_ = copy.placeless_;
   }
 
-  int buffer_ = 0, turn_ = 0, meetings_ = 0;
+  int meetings_ = 0;        // whose scores lie in one buffer and the other in turn
   bool placeless_ = false;  // order and rank were left behind
 };
 

@@ -46,25 +46,18 @@ struct BlockTeam {
   /// nor does what `read` makes of them, as long as it has no branches. What is left to read beyond the last is the last.
   template <int ahead = 4, class Read, class F>
   __device__ void for_each_read(int n, Read read, F f) const {
-    for_each_read<ahead>(
-        n, read, 0, [](auto&, int, int) {}, f);
+    for_each_read_by<ahead>(static_cast<int>(threadIdx.x), team_threads, n, read, f);
+  }
+  /// The same by some of the threads, of which this is the `thread`-th of so many.
+  template <int ahead = 4, class Read, class F>
+  __device__ static void for_each_read_by(int thread, int threads, int n, Read read, F f) {
+    read_ahead<ahead>(
+        thread, threads, n, read, 0, [](auto&, int, int) {}, f);
   }
   /// The same after add(what was read, i, term) for every term < terms, `ahead` indices at a time.
   template <int ahead = 8, class Read, class Add, class F>
   __device__ void for_each_read(int n, Read read, int terms, Add add, F f) const {
-    for (int first = static_cast<int>(threadIdx.x); first < n; first += ahead * team_threads) {
-      const auto index = [&](int k) { return min(first + k * team_threads, n - 1); };
-      decltype(read(0)) mine[ahead];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) mine[k] = read(index(k));
-#pragma unroll 4
-      for (int term = 0; term < terms; ++term)
-#pragma unroll
-        for (int k = 0; k < ahead; ++k) add(mine[k], index(k), term);
-#pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (first + k * team_threads < n) f(first + k * team_threads, mine[k]);
-    }
+    read_ahead<ahead>(static_cast<int>(threadIdx.x), team_threads, n, read, terms, add, f);
   }
 
   /// As HostTeam::sum, in the same order of additions.
@@ -232,6 +225,24 @@ struct BlockTeam {
   }
 
  private:
+  /// Both forms of for_each_read, by some of the threads.
+  template <int ahead, class Read, class Add, class F>
+  __device__ static void read_ahead(int thread, int threads, int n, Read read, int terms, Add add, F f) {
+    for (int first = thread; first < n; first += ahead * threads) {
+      const auto index = [&](int k) { return min(first + k * threads, n - 1); };
+      decltype(read(0)) mine[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) mine[k] = read(index(k));
+#pragma unroll 4
+      for (int term = 0; term < terms; ++term)
+#pragma unroll
+        for (int k = 0; k < ahead; ++k) add(mine[k], index(k), term);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (first + k * threads < n) f(first + k * threads, mine[k]);
+    }
+  }
+
   /// add_rows of 128 channels at a time: 16 threads a part, 8 channels a thread.
   template <class Head, class EightsOf, class Weight>
   __device__ void add_eights(const Head& head, EightsOf row, Weight weight, float* sum, int dim) const {
