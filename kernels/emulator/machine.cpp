@@ -29,7 +29,8 @@ constexpr int lanes = 32;
 constexpr std::size_t stack_bytes = 64 << 10, shared_most = 227 << 10, shared_alignment = 1024;
 constexpr unsigned char unset = 0xff;  // a NaN, and -1
 constexpr std::uint32_t declared_address = 3u << 30;
-constexpr int most_passes = 1 << 24;  // in which nobody goes on
+constexpr int most_passes = 1 << 24;   // in which nobody goes on
+constexpr int most_moments = 1 << 22;  // in which no block tells others
 
 /// What a block runs on: kept from launch to launch.
 struct Processor {
@@ -73,6 +74,7 @@ struct Launched {
   std::size_t shared_bytes;
   const std::function<void()>* kernel;
   std::atomic<bool> failed = false;
+  std::atomic<unsigned> told = 0;  // by blocks to others
 };
 
 struct Copy {
@@ -121,7 +123,8 @@ struct Block {
     unsigned passed = 0;
   } named[16];
   std::vector<Box> boxes;  // that have not landed
-  int passes = 0;
+  int passes = 0, moments = 0;
+  unsigned told_before = 0;  // Launched::told when `moments` was 0
   std::exception_ptr error;
 
   Block(Launched& launched, Index at, Processor& on)
@@ -355,8 +358,12 @@ void named_wait(int id, int threads) {
   while (barrier.passed == passed) pass(self());
 }
 
+void tell_others() { ++here->block->launch.told; }
 void wait_a_moment() {
-  if (here->block->launch.failed) throw std::runtime_error("emulator: another block failed");
+  Block& block = *here->block;
+  if (block.launch.failed) throw std::runtime_error("emulator: another block failed");
+  if (const unsigned told = block.launch.told; told != block.told_before) block.told_before = told, block.moments = 0;
+  if (++block.moments > most_moments) throw std::logic_error("emulator: all wait for another block");
   std::this_thread::yield();
 }
 

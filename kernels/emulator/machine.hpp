@@ -89,7 +89,9 @@ constexpr int box_channels = 64;
 std::uint16_t element_of_box(const TileMap& map, int channel, int row, int unit);
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier);
 
-/// For loops that wait for another block: throws when that one has failed.
+/// Between blocks: what adds to a number that others wait for says so, and loops that wait for it throw std::logic_error when
+/// nobody adds any more, std::runtime_error when another block has failed.
+void tell_others();
 void wait_a_moment();
 
 /// Other turns for the launches to come; 0 at first.

@@ -110,6 +110,25 @@ TEST(Emulator, SaysWhoWaitsForWhom) {
   EXPECT_NE(error.find("warp 1: 16 lanes at a barrier, 16 at __syncwarp"), std::string::npos) << error;
 }
 
+/// The blocks of a launch meet as the heads of a layer do, but arrive so many times each; `all`: arrivals that make a meeting.
+__global__ void meet(int* arrivals, int times, int all) {
+  if (threadIdx.x != 0) return;
+  for (int i = 0; i < times; ++i) add_release(arrivals, 1);
+  while (load_acquire(arrivals) < all) wait_a_moment();
+}
+
+TEST(Emulator, CountsBlocksThatArriveAtOnceAndSaysWhenOneNeverComes) {
+  const Buffer<int> all_come(std::vector<int>{0}), one_is_missing(std::vector<int>{0});
+  launch_together(meet, 4, 32, 0, nullptr, all_come.data(), 1000000, 4000000);
+  EXPECT_EQ(all_come.to_host(), std::vector{4000000});
+  try {
+    launch_together(meet, 3, 32, 0, nullptr, one_is_missing.data(), 1, 4);
+    FAIL() << "three of four met";
+  } catch (const std::logic_error& error) {
+    EXPECT_STREQ(error.what(), "emulator: all wait for another block");
+  }
+}
+
 __global__ void write_beyond(int chunk) {
   store_shared(shared_address(launch_memory()) + static_cast<unsigned>(chunk) * 16, {});
 }

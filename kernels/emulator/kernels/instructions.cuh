@@ -136,7 +136,10 @@ using emulator::barrier_wait;
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
-inline void add_release(int* to, int x) { std::atomic_ref(*to).fetch_add(x, std::memory_order_release); }
+inline void add_release(int* to, int x) {
+  std::atomic_ref(*to).fetch_add(x, std::memory_order_release);
+  emulator::tell_others();
+}
 inline int load_acquire(int* from) { return std::atomic_ref(*from).load(std::memory_order_acquire); }
 using emulator::wait_a_moment;
 
