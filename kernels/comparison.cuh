@@ -56,7 +56,28 @@ __device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, 
   if (lane == 0) unit.lost_mass[here] = lse;
 }
 
-/// Compares one head's output of a measured query with full attention's; by one warp.
+/// Four neighbouring channels of an output and of full attention's.
+struct FourChannels {
+  float4 output{}, full{};
+};
+
+/// Compares one head's output of a measured query with full attention's, at most 128 channels, of which every lane has four;
+/// by one warp.
+__device__ __forceinline__ void compare_four(const Unit& unit, const TraceData& trace, Progress& progress,
+                                             const MeasuredHead& head, const FourChannels& mine, double lse) {
+  const float4 x = mine.output, full = mine.full;
+  const int dv = trace.value_dim, c = 4 * static_cast<int>(threadIdx.x % 32);
+  OutputSums sums;
+  sums.add(x.x, full.x), sums.add(x.y, full.y), sums.add(x.z, full.z), sums.add(x.w, full.w);
+  float* const delta = unit.delta;
+  if (delta && c < dv)
+    *reinterpret_cast<float4*>(delta + (static_cast<long>(head.m) * trace.group + head.g) * dv + c) = {
+        x.x - full.x, x.y - full.y, x.z - full.z, x.w - full.w};
+  keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
+            static_cast<long>(head.g) * head.count + head.m, sums, lse);
+}
+
+/// The same of any number of channels, wherever the outputs lie.
 __device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceData& trace, Progress& progress,
                                                 const MeasuredHead& head, const float* output, const float* full_output,
                                                 double lse) {

@@ -32,9 +32,9 @@ __global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename 
   __shared__ TeamMemory memory;
   const BlockTeam team{&memory};
   const Traits traits = policy.traits();
-  const auto view = [&](int s, float probe) {
-    return SlotView<typename P::Slot>{head.state(s), head.info(),          head.token(s),
-                                      head.now(),    head.multiplicity(s), probe};
+  const auto view = [&](int s, float probe, const Observed& seen = {}) {
+    return SlotView<typename P::Slot>{head.state(s),        head.info(), head.token(s), head.now(),
+                                      head.multiplicity(s), probe,       seen};
   };
   team.for_each(head.size(),
                 [&](int s) { head.state(s) = typename P::Slot{}, head.scratch(s) = typename P::Scratch{}; });
@@ -60,8 +60,9 @@ __global__ void hook_kernel(const P policy, HeadView<typename P::Slot, typename 
   team.sync();
   if constexpr (detail::declares_on_compress<P>) policy.on_compress(team, head);
   if constexpr (detail::declares_score<P>)
-    team.for_each(head.size(),
-                  [&](int s) { head.score(s) = policy.score(view(s, traits.key_probe ? head.probe(s) : 0)); });
+    team.for_each(head.size(), [&](int s) {
+      head.score(s) = policy.score(view(s, traits.key_probe ? head.probe(s) : 0, head.seen(s)));
+    });
   if constexpr (detail::declares_score_in<P>)
     team.for_each(head.size(), [&](int s) { head.score(s) = policy.score_in(head, s); });
   if constexpr (detail::declares_log_bias<P>)

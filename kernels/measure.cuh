@@ -19,18 +19,11 @@ __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int tok
 /// A streamed row's output of head g, four channels a lane, against full attention's; by one warp.
 __device__ __forceinline__ void measure_lanes(Fixed& f, int g, int m, int token, float4 output,
                                               const float* full_output) {
-  const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
-  OutputSums sums;
-  if (c < dv) {
-    const float4 full = *reinterpret_cast<const float4*>(full_output + c);
-    sums.add(output.x, full.x), sums.add(output.y, full.y), sums.add(output.z, full.z), sums.add(output.w, full.w);
-    if (f.unit.delta)
-      *reinterpret_cast<float4*>(f.unit.delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) = {
-          output.x - full.x, output.y - full.y, output.z - full.z, output.w - full.w};
-  }
-  keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
-            static_cast<long>(g) * f.settings.measured_count + m, sums,
-            static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
+  const int c = 4 * static_cast<int>(threadIdx.x % 32);
+  FourChannels mine;
+  if (c < f.trace.value_dim) mine = {output, *reinterpret_cast<const float4*>(full_output + c)};
+  compare_four(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, mine,
+               static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
 }
 /// The same as a call.
 __device__ __noinline__ inline void measure_lanes_apart(Fixed& f, int g, int m, int token, float4 output,

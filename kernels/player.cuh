@@ -45,8 +45,8 @@ struct Player : Play {
     return h;
   }
   __device__ Slot& state(int s) const { return reinterpret_cast<Slot*>(unit.state)[s]; }
-  __device__ SlotView<Slot> view(int s, float probe = 0) const {
-    return {state(s), unit.info, unit.token[s], now, unit.multiplicity[s], probe};
+  __device__ SlotView<Slot> view(int s, float probe = 0, const Observed& seen = {}) const {
+    return {state(s), unit.info, unit.token[s], now, unit.multiplicity[s], probe, seen};
   }
 
   /// All data as it was before the first token.
@@ -232,10 +232,15 @@ struct Player : Play {
     if (traits().key_probe && !probe_known) probe_keys(fixed, size);
   }
 
+  /// What the last queries saw of a slot, for policies that ask.
+  __device__ Observed seen_in_window(const Head& h, int s) const {
+    return traits().observation_window > 0 ? h.seen(s) : Observed{};
+  }
+
   /// The score of one slot, by a slot hook or one that sees the head.
   __device__ float score_of(Head& h, int s) const {
     if constexpr (detail::declares_score<P>)
-      return policy.score(view(s, traits().key_probe ? unit.probe[s] : 0));
+      return policy.score(view(s, traits().key_probe ? unit.probe[s] : 0, seen_in_window(h, s)));
     else if constexpr (detail::declares_score_in<P>)
       return policy.score_in(h, s);
     else

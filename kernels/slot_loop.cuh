@@ -21,6 +21,7 @@ class RowObserved {
   }
   __device__ int group() const { return group_; }
   __device__ int rows() const { return 1; }
+  __device__ const float* sums() const { return sums_; }
   __device__ float mean() const {
     float sum = 0;
 #pragma unroll
@@ -69,8 +70,9 @@ struct SlotLoop {
         probe(f.unit.probe),
         log_sum(f.row.own_log_sum()) {}
 
-  __device__ SlotView<Slot> view(int s, int slot_token, float key_probe = 0) const {
-    return {state[s], info, slot_token, now, multiplicity[s], key_probe};
+  template <class Seen = Observed>
+  __device__ SlotView<Slot, Seen> view(int s, int slot_token, float key_probe = 0, const Seen& seen = {}) const {
+    return {state[s], info, slot_token, now, multiplicity[s], key_probe, seen};
   }
 
   /// A thread's own slots are every team_threads-th from here on: those of a cache as large as a team, and the newest one, leave the
@@ -112,11 +114,19 @@ struct SlotLoop {
     });
   }
 
-  /// The score of one slot, by a slot hook or one that sees the head.
-  template <class Head>
-  __device__ float score(const P& policy, Head& head, int s, int slot_token) const {
+  /// f(slot, its token, the same statistic) where nobody else reads it: it stays in registers.
+  template <class F>
+  __device__ __forceinline__ void each_seen(int size, F f) const {
+    each_two<loop_heads, Looks::weighs_window>(size, [&](int s, int slot_token, const float(&weighed)[loop_heads]) {
+      f(s, slot_token, RowObserved<loop_heads>(weighed, info.group));
+    });
+  }
+
+  /// The score of one slot, by a slot hook or one that sees the head. `seen`: what a window has seen of it, if there is one.
+  template <class Head, class Seen>
+  __device__ float score(const P& policy, Head& head, int s, int slot_token, const Seen& seen) const {
     if constexpr (detail::declares_score<P>)
-      return policy.score(view(s, slot_token, policy.traits().key_probe ? probe[s] : 0.f));
+      return policy.score(view(s, slot_token, policy.traits().key_probe ? probe[s] : 0.f, seen));
     else if constexpr (detail::declares_score_in<P>)
       return policy.score_in(head, s);
     else

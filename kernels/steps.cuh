@@ -128,7 +128,7 @@ class Steps : StepRow<P, width, tile> {
   /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
   /// fetch inputs and keep the books. Returns whether a slot went.
   __device__ __forceinline__ bool decide(int token, bool observes) {
-    const int victim = rank_slots(token, observes);
+    const int victim = rank_slots<true>(token, observes);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
     if (streams_now()) {
       if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), stream_tile());
@@ -287,16 +287,19 @@ class Steps : StepRow<P, width, tile> {
       attend_again_apart(copy, token, p_.traits().window_past ? token - 1 : 0x7fffffff);
       follow(copy);
     }
-    return rank_slots(token, observes);
+    return rank_slots<false>(token, observes);
   }
-  /// The same where the row has been looked at.
+  /// The same where the row has been looked at. `parted`: parts() holds.
+  template <bool parted>
   __device__ __forceinline__ int rank_slots(int token, bool observes) {
+    const bool meets = !parted && together();
     const bool window = p_.traits().observation_window == 1 && !window_is_closed();
     p_.know_probe();
     auto head = p_.head();
     const SlotLoop<P> slots(p_.fixed, p_.now);
     const P policy = p_.policy;
-    const bool at_once = observes && slots.info.group <= loop_heads;  // observed in the pass that scores
+    const bool in_one_loop = parted || slots.info.group <= loop_heads;
+    const bool at_once = observes && in_one_loop;  // observed in the pass that scores
     const int buffer = meetings_ & 1;
     unsigned long long mine = ~0ull;
     int slot = -1;
@@ -305,15 +308,17 @@ class Steps : StepRow<P, width, tile> {
           static_cast<unsigned long long>(Cut::key_of(score)) << 31 | static_cast<unsigned>(0x7fffffff - slot_token);
       if (key < mine) mine = key, slot = s;
     };
-    const auto look_at_slot = [&](int s, int slot_token) {
-      const float given = detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token);
+    const auto look_at = [&](int s, int slot_token, const auto& seen) {
+      const float given =
+          detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token, seen);
       const float score = checked_score(p_.fixed, given, s, slot_token);
       const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
-      if (together())
+      if (meets)
         p_.unit.score_at[buffer][s] = safety == safety_normal ? score : NAN;
       else if (safety == safety_normal)
         rank(s, score, slot_token);
     };
+    const auto look_at_slot = [&](int s, int slot_token) { look_at(s, slot_token, p_.seen_in_window(head, s)); };
     if (detail::declares_on_compress<P>) Played::forget_scores(p_.fixed, p_.size);
     constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
     const bool before = observes && (window || compares || !at_once);
@@ -321,8 +326,9 @@ class Steps : StepRow<P, width, tile> {
     if (detail::declares_on_compress<P> || before) __syncthreads();
     observes = observes && !before;
     if constexpr (detail::declares_on_compress<P>) p_.score(1, true);
-    if (window) {
-      if (slots.info.group <= loop_heads)
+    const bool seen_at_once = window && !compares && in_one_loop;  // in the pass that scores
+    if (window && !seen_at_once) {
+      if (in_one_loop)
         slots.weigh_in_place(p_.size);
       else
         p_.weigh_row_in_place();
@@ -330,11 +336,13 @@ class Steps : StepRow<P, width, tile> {
       row_of_ = -1;
       __syncthreads();  // score_in may read what its neighbours saw
     }
-    if (observes)
+    if (seen_at_once)
+      slots.each_seen(p_.size, look_at);
+    else if (observes)
       slots.observe(policy, p_.size, look_at_slot);
     else
       slots.each(p_.size, look_at_slot);
-    if (together()) {  // heads that keep the same tokens keep them in the same slots
+    if (meets) {  // heads that keep the same tokens keep them in the same slots
       meet();
       each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
     }

@@ -307,10 +307,16 @@ struct WarpRows {
   __device__ float dot(A a, B b) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     float chunk = 0;
-    for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
-      float x[8], y[8];
-      load(a, first, x), load(b, first, y);
-      for (int k = 0; k < 8 && first + k < a.dim; ++k) chunk += x[k] * y[k];
+    if (in_eights(a) && in_eights(b)) {
+      for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
+        float x[8], y[8];
+        load_eight(a, first, x), load_eight(b, first, y);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) chunk += x[k] * y[k];
+      }
+    } else {
+      for (int first = 8 * lane; first < a.dim; first += 8 * 32)
+        for (int k = first; k < min(first + 8, a.dim); ++k) chunk += a[k] * b[k];
     }
     const int chunks = (a.dim + 7) / 8;
     for (int n = chunks < 32 ? chunks : 32; n > 1; n = (n + 1) / 2) {
@@ -333,21 +339,36 @@ struct WarpRows {
   }
   template <class A>
   __device__ void add(float* vector, float weight, A row) const {
-    for (int first = 8 * static_cast<int>(threadIdx.x % 32); first < row.dim; first += 8 * 32) {
-      float x[8];
-      load(row, first, x);
-      for (int k = 0; k < 8 && first + k < row.dim; ++k) vector[first + k] += weight * x[k];
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (in_eights(row) && reinterpret_cast<std::size_t>(vector) % 16 == 0) {
+      for (int first = 8 * lane; first < row.dim; first += 8 * 32) {
+        float x[8];
+        load_eight(row, first, x);
+        float4* const four = reinterpret_cast<float4*>(vector + first);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float4 sum = four[i];
+          sum.x += weight * x[4 * i], sum.y += weight * x[4 * i + 1];
+          sum.z += weight * x[4 * i + 2], sum.w += weight * x[4 * i + 3];
+          four[i] = sum;
+        }
+      }
+    } else {
+      for (int c = lane; c < row.dim; c += 32) vector[c] += weight * row[c];
     }
     __syncwarp();
   }
 
  private:
-  /// Channels first .. first + 7 of a row, as far as it goes.
+  /// Whether a row can be read eight channels at a time; and eight of one that can.
   template <class A>
-  __device__ static void load(A row, int first, float (&x)[8]) {
-    if constexpr (requires { row.in_eights(); })
-      if (row.in_eights()) return row.load_eight(first, x);
-    for (int k = 0; k < 8; ++k) x[k] = first + k < row.dim ? row[first + k] : 0.f;
+  __device__ static bool in_eights(const A& row) {
+    if constexpr (requires { row.in_eights(); }) return row.in_eights();
+    return false;
+  }
+  template <class A>
+  __device__ static void load_eight(const A& row, int first, float (&x)[8]) {
+    if constexpr (requires { row.in_eights(); }) row.load_eight(first, x);
   }
 };
 

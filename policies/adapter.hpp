@@ -45,7 +45,7 @@ class HeadProgramOf final : public HeadProgram {
   void observe(const Cache& cache, const Moment& moment, const Sight& sight) override {
     if constexpr (detail::declares_on_attention<P>) {
       Head head = view(cache, moment, sight);
-      for (int s = 0; s < cache.size(); ++s) policy_.on_attention(slot(head, s, 0), head.seen(s));
+      for (int s = 0; s < cache.size(); ++s) policy_.on_attention(slot(head, s), head.seen(s));
     }
   }
 
@@ -63,12 +63,12 @@ class HeadProgramOf final : public HeadProgram {
       const Head head = view(cache, moment);
       const auto known = static_cast<int>(states_.size());  // a probed block's slots have no state yet, and no bias
       for (int s = 0; s < std::min(known, cache.size()); ++s)
-        bias[static_cast<std::size_t>(s)] = policy_.log_bias(slot(head, s, 0));
+        bias[static_cast<std::size_t>(s)] = policy_.log_bias(slot(head, s));
     }
   }
 
   bool receives(const Cache& cache, const Moment& moment, int s) override {
-    if constexpr (detail::declares_receives<P>) return policy_.receives(slot(view(cache, moment), s, 0));
+    if constexpr (detail::declares_receives<P>) return policy_.receives(slot(view(cache, moment), s));
     return true;
   }
 
@@ -87,7 +87,7 @@ class HeadProgramOf final : public HeadProgram {
     } else {
       for (int s = 0; s < cache.size(); ++s) {
         if constexpr (detail::declares_score<P>)
-          head.score(s) = policy_.score(slot(head, s, traits_.key_probe ? head.probe(s) : 0));
+          head.score(s) = policy_.score(scored_slot(head, s));
         else
           head.score(s) = policy_.score_in(head, s);
       }
@@ -162,8 +162,15 @@ class HeadProgramOf final : public HeadProgram {
     for (int s = 0; s < n; ++s)
       if (logit[s] > -INFINITY) sums[s] += static_cast<double>(weigh(probability[s], logit[s]));
   }
-  SlotView<Slot> slot(const Head& head, int s, float probe) const {
-    return {head.state(s), info_, head.token(s), head.now(), head.multiplicity(s), probe};
+  SlotView<Slot> slot(const Head& head, int s) const {
+    return {head.state(s), info_, head.token(s), head.now(), head.multiplicity(s), 0};
+  }
+  /// The same with what is known while scoring.
+  SlotView<Slot> scored_slot(const Head& head, int s) const {
+    SlotView<Slot> view = slot(head, s);
+    if (traits_.key_probe) view.probe = head.probe(s);
+    if (head.sight_.seen.sums) view.seen_ = head.seen(s);
+    return view;
   }
 
   P policy_;

@@ -12,7 +12,7 @@
 // Hooks are found by name, whatever their signature; one that the engine cannot call does not compile.
 //   slot hooks: one slot, its own data only
 //     void  on_attention(auto slot, auto seen) const                    the attention of a block's queries
-//     float score(auto slot) const                                      higher = keep
+//     float score(auto slot) const                                      higher = keep; slot.seen() with a window
 //     float log_bias(auto slot) const                                   added to the slot's logits, e.g. log
 // multiplicity
 //     bool  receives(auto slot) const                                   trait nearest: may it receive victims?

@@ -17,7 +17,7 @@ struct Tova : kv::Policy {
   KV_HD kv::Traits traits() const {
     return {.scope = share == Share::layer ? kv::Scope::layer : kv::Scope::head, .observation_window = 1};
   }
-  KV_HD float score_in(auto& head, int slot) const { return head.seen(slot).mean(); }
+  KV_HD float score(auto slot) const { return slot.seen().mean(); }
 };
 KV_REGISTER(Tova);
 

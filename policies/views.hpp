@@ -31,6 +31,8 @@ class Observed {
   /// Head g's sum is sums[g * step].
   KV_HD Observed(const float* sums, int rows, int group, int step = 1)
       : sums_(sums), rows_(rows), group_(group), step_(step) {}
+  Observed() = default;  // nothing
+  KV_HD const float* sums() const { return sums_; }
   KV_HD float operator[](int g) const { return sums_[static_cast<long>(g) * step_]; }
   KV_HD int group() const { return group_; }
   KV_HD int rows() const { return rows_; }  // how many query rows were summed
@@ -46,22 +48,35 @@ class Observed {
   }
 
  private:
-  const float* sums_;
-  int rows_, group_, step_;
+  const float* sums_ = nullptr;
+  int rows_ = 0, group_ = 0, step_ = 1;
 };
 
-/// One slot, in a slot hook: its own data only, so hooks cannot race.
-template <class State>
+// A hook that reads what its policy did not ask for is told so (on the CPU; kernels are compiled for the same policy).
+#if defined(__CUDA_ARCH__)
+#define KV_NEEDS(pointer, what) ((void)0)
+#else
+#define KV_NEEDS(pointer, what) ((pointer) != nullptr ? (void)0 : ::kv::hook_lacks(what))
+#endif
+
+/// One slot, in a slot hook: its own data only, so hooks cannot race. Seen is an Observed, or what an engine has in its place.
+template <class State, class Seen = Observed>
 struct SlotView {
   State& state;  // the policy's Slot
   const HeadInfo& head;
-  int token;                                                  // index in the sequence (never a RoPE position)
-  int now;                                                    // token index of the newest slot
-  int multiplicity;                                           // tokens it stands for
-  float probe;                                                // key . head.vector(), with the trait key_probe
+  int token;         // index in the sequence (never a RoPE position)
+  int now;           // token index of the newest slot
+  int multiplicity;  // tokens it stands for
+  float probe;       // key . head.vector(), with the trait key_probe
+  Seen seen_{};
   KV_HD int age() const { return now - token; }               // 0 = just appended
   KV_HD bool recent(int n) const { return now - token < n; }  // among the newest n
   KV_HD int budget() const { return head.budget; }
+  /// The attention of the last queries, with the trait observation_window; in `score`.
+  KV_HD const Seen& seen() const {
+    KV_NEEDS(seen_.sums(), "slot.seen() needs the trait observation_window, and is known while scoring only");
+    return seen_;
+  }
   /// What makes a slot count as all its tokens in the softmax: the bias of log_bias.
   KV_HD float log_multiplicity() const { return multiplicity > 1 ? kv::log(static_cast<float>(multiplicity)) : 0.f; }
 };
@@ -203,13 +218,6 @@ struct HostTeam {
   }
   KV_HD void sync() const {}
 };
-
-// A hook that reads what its policy did not ask for is told so (on the CPU; kernels are compiled for the same policy).
-#if defined(__CUDA_ARCH__)
-#define KV_NEEDS(pointer, what) ((void)0)
-#else
-#define KV_NEEDS(pointer, what) ((pointer) != nullptr ? (void)0 : ::kv::hook_lacks(what))
-#endif
 
 /// One KV head: its slots 0 .. size()-1 in no particular order, linked in token order. RowOf is what a key or value is.
 template <class State, class HeadState, class Scratch, class RowOf = Row>

@@ -61,6 +61,10 @@ struct AsksForNothing : kv::Policy {
   static constexpr kv::PolicyDoc doc{"asks_for_nothing", "-", "-", "-"};
   KV_HD float score_in(auto& head, int slot) const { return head.seen(slot).mean(); }
 };
+struct SlotAsksForNothing : kv::Policy {
+  static constexpr kv::PolicyDoc doc{"slot_asks_for_nothing", "-", "-", "-"};
+  KV_HD float score(auto slot) const { return slot.seen().mean(); }
+};
 /// Leaves a slot without a score.
 struct ForgetsASlot : kv::Policy {
   static constexpr kv::PolicyDoc doc{"forgets_a_slot", "-", "-", "-"};
@@ -94,6 +98,7 @@ std::string complaint() {
 
 TEST(Doubles, AHookThatReadsWhatItDidNotAskForIsToldSo) {
   EXPECT_NE(complaint<AsksForNothing>().find("head.seen() needs the trait observation_window"), std::string::npos);
+  EXPECT_NE(complaint<SlotAsksForNothing>().find("slot.seen() needs the trait observation_window"), std::string::npos);
 }
 
 TEST(Doubles, AForgottenScoreIsFound) {
