@@ -37,6 +37,11 @@ __device__ inline double sum_of_four(double a, double b, double c, double d) {
 /// What a lane has seen of an output and full attention's.
 struct OutputSums {
   double error2 = 0, full2 = 0, got2 = 0, dot = 0;
+  /// Four neighbouring channels; their differences go to `delta`, unless it is null.
+  __device__ void add_four(const float4& output, const float4& full, float4* delta) {
+    add(output.x, full.x), add(output.y, full.y), add(output.z, full.z), add(output.w, full.w);
+    if (delta) *delta = {output.x - full.x, output.y - full.y, output.z - full.z, output.w - full.w};
+  }
   __device__ void add(float output, float full_output) {
     const double x = output, full = full_output;
     error2 = fma(x - full, x - full, error2), full2 = fma(full, full, full2);
@@ -56,38 +61,23 @@ __device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, 
   if (lane == 0) unit.lost_mass[here] = lse;
 }
 
-/// Four neighbouring channels of an output and of full attention's.
-struct FourChannels {
-  float4 output{}, full{};
-};
-
-/// Compares one head's output of a measured query with full attention's, at most 128 channels, of which every lane has four;
-/// by one warp.
-__device__ __forceinline__ void compare_four(const Unit& unit, const TraceData& trace, Progress& progress,
-                                             const MeasuredHead& head, const FourChannels& mine, double lse) {
-  const float4 x = mine.output, full = mine.full;
-  const int dv = trace.value_dim, c = 4 * static_cast<int>(threadIdx.x % 32);
-  OutputSums sums;
-  sums.add(x.x, full.x), sums.add(x.y, full.y), sums.add(x.z, full.z), sums.add(x.w, full.w);
-  float* const delta = unit.delta;
-  if (delta && c < dv)
-    *reinterpret_cast<float4*>(delta + (static_cast<long>(head.m) * trace.group + head.g) * dv + c) = {
-        x.x - full.x, x.y - full.y, x.z - full.z, x.w - full.w};
-  keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
-            static_cast<long>(head.g) * head.count + head.m, sums, lse);
-}
-
-/// The same of any number of channels, wherever the outputs lie.
+/// Compares one head's output of a measured query with full attention's; by one warp.
 __device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceData& trace, Progress& progress,
                                                 const MeasuredHead& head, const float* output, const float* full_output,
                                                 double lse) {
   const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
   const long in_delta = static_cast<long>(head.m) * trace.group + head.g;
+  float* const delta = unit.delta ? unit.delta + in_delta * dv : nullptr;
   OutputSums sums;
-#pragma unroll 4
-  for (int c = lane; c < dv; c += 32) {
-    sums.add(output[c], full_output[c]);
-    if (unit.delta) unit.delta[in_delta * dv + c] = output[c] - full_output[c];
+  if (dv % 4 == 0) {
+    for (int c = 4 * lane; c < dv; c += 4 * 32)
+      sums.add_four(*reinterpret_cast<const float4*>(output + c), *reinterpret_cast<const float4*>(full_output + c),
+                    delta ? reinterpret_cast<float4*>(delta + c) : nullptr);
+  } else {
+    for (int c = lane; c < dv; c += 32) {
+      sums.add(output[c], full_output[c]);
+      if (delta) delta[c] = output[c] - full_output[c];
+    }
   }
   keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
             static_cast<long>(head.g) * head.count + head.m, sums, lse);

@@ -19,11 +19,17 @@ __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int tok
 /// A streamed row's output of head g, four channels a lane, against full attention's; by one warp.
 __device__ __forceinline__ void measure_lanes(Fixed& f, int g, int m, int token, float4 output,
                                               const float* full_output) {
-  const int c = 4 * static_cast<int>(threadIdx.x % 32);
-  FourChannels mine;
-  if (c < f.trace.value_dim) mine = {output, *reinterpret_cast<const float4*>(full_output + c)};
-  compare_four(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, mine,
-               static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
+  const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
+  OutputSums sums;
+  if (c < dv) {
+    float* const delta = f.unit.delta;
+    sums.add_four(
+        output, *reinterpret_cast<const float4*>(full_output + c),
+        delta ? reinterpret_cast<float4*>(delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) : nullptr);
+  }
+  keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
+            static_cast<long>(g) * f.settings.measured_count + m, sums,
+            static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
 }
 /// The same as a call.
 __device__ __noinline__ inline void measure_lanes_apart(Fixed& f, int g, int m, int token, float4 output,

@@ -27,7 +27,7 @@ struct Fixed {
   int unit_index;
   Progress progress;
   Fold plan;      // of the one victim of a step
-  void* home[8];  // where StepRecords took arrays from; null for those that stayed
+  void* home[8];  // where StepRecords gives arrays back to; null for those that stayed or need not
   float* home_vector;
   float* logits;    // [group][logit_stride] of the latest row
   long long clock;  // when the phase under way began

@@ -55,6 +55,8 @@ struct Player : Play {
       reinterpret_cast<Scratch*>(unit.scratch)[s] = Scratch{};
       unit.stays[s] = 1;
     });
+    if (traits().scope == Scope::layer)  // sums over heads read four slots at a time, also where the last ones are none
+      team.for_each((unit.capacity + 3) / 4 * 4, [&](int s) { unit.score_at[0][s] = unit.score_at[1][s] = NAN; });
     if (threadIdx.x == 0) *reinterpret_cast<HeadState*>(unit.head_state) = HeadState{};
     if (traits().key_probe) team.for_each(trace.key_dim, [&](int c) { unit.vector[c] = 0; });
     if (traits().value_vector) team.for_each(trace.value_dim, [&](int c) { unit.value_vector[c] = 0; });

@@ -13,19 +13,19 @@ KV_HD bool goes_without_places(const Traits& traits, const PlaySettings& setting
          !(detail::declares_on_merge<P> && traits.merges);
 }
 
-/// Calls f(bytes of one slot, where the unit keeps the array) for the arrays of slots that steps of this policy read, what
-/// matters most first. `unit` may be null to learn the sizes.
+/// Calls f(bytes of one slot, where the unit keeps the array, whether it outlives a step) for the arrays of slots that steps of
+/// this policy read, what matters most first. `unit` may be null to learn the sizes.
 template <class P, class F>
 KV_HD void for_each_record(const Traits& traits, const PlaySettings& settings, Unit* unit, F f) {
   const bool merges = detail::declares_on_merge<P> && traits.merges, places = !goes_without_places<P>(traits, settings);
   const auto at = [&](auto Unit::*member) { return unit ? reinterpret_cast<void**>(&(unit->*member)) : nullptr; };
-  if (!std::is_empty_v<typename P::Slot>) f(static_cast<int>(sizeof(typename P::Slot)), at(&Unit::state));
-  f(4, at(&Unit::token));
-  if (traits.key_probe) f(4, at(&Unit::probe));
-  if (detail::declares_log_bias<P>) f(4, at(&Unit::bias));
-  if (places) f(4, at(&Unit::rank)), f(4, at(&Unit::order));
-  if (merges) f(1, at(&Unit::stays));
-  if (merges || detail::declares_log_bias<P>) f(4, at(&Unit::multiplicity));
+  if (!std::is_empty_v<typename P::Slot>) f(static_cast<int>(sizeof(typename P::Slot)), at(&Unit::state), true);
+  f(4, at(&Unit::token), true);
+  if (traits.key_probe) f(4, at(&Unit::probe), false);
+  if (detail::declares_log_bias<P>) f(4, at(&Unit::bias), false);
+  if (places) f(4, at(&Unit::rank), true), f(4, at(&Unit::order), true);
+  if (merges) f(1, at(&Unit::stays), true);
+  if (merges || detail::declares_log_bias<P>) f(4, at(&Unit::multiplicity), true);
 }
 
 /// Bytes of shared memory that the records of `slots` slots, a row's logits and the policy's key vector would take.
@@ -33,7 +33,7 @@ template <class P>
 std::size_t record_bytes(const Traits& traits, const PlaySettings& settings, int group, int key_dim, int slots) {
   int bytes = logit_stride(slots) * group * 4 + key_dim * 4;
   for_each_record<P>(traits, settings, nullptr,
-                     [&](int of_slot, void**) { bytes += (of_slot * slots + 15) / 16 * 16; });
+                     [&](int of_slot, void**, bool) { bytes += (of_slot * slots + 15) / 16 * 16; });
   return static_cast<std::size_t>(bytes);
 }
 
@@ -56,12 +56,12 @@ class StepRecords {
       if (threadIdx.x == 0) fixed.home_vector = vector, fixed.unit.vector = reinterpret_cast<float*>(at);
     }
     int i = 0;
-    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array) {
+    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array, bool lasts) {
       void* const home = *array;
       const bool moves = take(at, of_slot * slots_);
-      if (moves) copy(at, home, of_slot * fixed_.progress.size);
+      if (moves && lasts) copy(at, home, of_slot * fixed_.progress.size);
       __syncthreads();
-      if (threadIdx.x == 0) fixed_.home[i] = moves ? home : nullptr, *array = moves ? at : home;
+      if (threadIdx.x == 0) fixed_.home[i] = moves && lasts ? home : nullptr, *array = moves ? at : home;
       ++i;
     });
     __syncthreads();
@@ -73,7 +73,7 @@ class StepRecords {
       for (int i = static_cast<int>(threadIdx.x); i < fixed_.trace.key_dim; i += team_threads)
         fixed_.home_vector[i] = fixed_.unit.vector[i];
     int i = 0;
-    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array) {
+    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array, bool) {
       if (fixed_.home[i]) copy(fixed_.home[i], *array, of_slot * size);
       ++i;
     });

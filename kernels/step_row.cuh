@@ -49,12 +49,13 @@ class StepRow : protected StepLook<P, width> {
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }
     if (p_.is_clerk())
-      for (int token = args_.first; token < args_.first + 2; ++token) fetch_numbers(token);
+      for (int token = args_.first; token <= args_.first + fetched_ahead; ++token) fetch_numbers(token);
     close_copies();
     await_copies<0>();
     __syncthreads();
     if (!streams_now())
       for (int token = args_.first; token < min(args_.first + fetched_ahead, args_.last); ++token) fetch(token);
+    close_copies();
     await_copies<0>();
     if (may_part && !streams_now()) free_parts();
     __syncthreads();
@@ -150,13 +151,16 @@ class StepRow : protected StepLook<P, width> {
     if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
   }
   __device__ void fetch_ahead(int token) const {
-    if (token + fetched_ahead < args_.last) fetch(token + fetched_ahead);
+    const int coming = token + fetched_ahead;
+    if (coming >= args_.last) return;
+    fetch(coming);
+    if (threadIdx.x == team_threads - 32) fetch_numbers(coming + 1);
+    close_copies();
   }
+  /// A token's inputs; its numbers are there.
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
     if (streamed()) inputs().fetch(token, numbers.measured, numbers.row, p_.warp - stream_warps);
-    if (threadIdx.x == team_threads - 32) fetch_numbers(token + 1);
-    close_copies();
   }
   /// Fixed::coming of a token, by one thread.
   __device__ void fetch_numbers(int token) const {

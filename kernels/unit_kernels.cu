@@ -60,38 +60,20 @@ __global__ void turn_look_kernel(const Unit* units, const LayerData* layers, Tra
       [](long) {});
 }
 
-/// A warp a row, head by head; where it can, the next one's output is on its way meanwhile.
+/// A warp a row, head by head.
 __global__ void measure_look_kernel(const Unit* units, const LayerData* layers, Progress* progress, TraceData trace,
                                     const AttentionTask* tasks, const int* measured_of_token, int measured_count) {
   const Unit& unit = units[blockIdx.x];
   const AttentionTask& task = tasks[blockIdx.x];
-  const int warps = static_cast<int>(blockDim.x / 32 * gridDim.y), dv = trace.value_dim,
-            c = 4 * static_cast<int>(threadIdx.x % 32);
-  const bool by_four = dv % 4 == 0 && dv <= 4 * 32;
+  const int warps = static_cast<int>(blockDim.x / 32 * gridDim.y);
   for (int r = static_cast<int>((blockIdx.y * blockDim.x + threadIdx.x) / 32); r < task.rows; r += warps) {
     const int token = task.query_token[r], m = measured_of_token[token];
     if (m < 0) continue;
-    // Heads of one row lie one behind the other.
-    const float* const lse = task.lse + static_cast<long>(r) * trace.group;
-    const float* const output = task.output + static_cast<long>(r) * trace.group * dv;
-    const float* const full = full_output_of(unit, layers[unit.layer], trace, {0, m, measured_count, token});
-    const auto read = [&](int g) {
-      FourChannels mine;
-      if (by_four && c < dv)
-        mine = {*reinterpret_cast<const float4*>(output + g * dv + c),
-                *reinterpret_cast<const float4*>(full + g * dv + c)};
-      return mine;
-    };
-    FourChannels next = read(0);
     for (int g = 0; g < trace.group; ++g) {
       const MeasuredHead head{g, m, measured_count, token};
-      const auto log_sum = static_cast<double>(lse[g]);
-      const FourChannels mine = next;
-      next = read(min(g + 1, trace.group - 1));
-      if (by_four)
-        compare_four(unit, trace, progress[blockIdx.x], head, mine, log_sum);
-      else
-        compare_outputs(unit, trace, progress[blockIdx.x], head, output + g * dv, full + g * dv, log_sum);
+      const long i = static_cast<long>(r) * trace.group + g;
+      compare_outputs(unit, trace, progress[blockIdx.x], head, task.output + i * trace.value_dim,
+                      full_output_of(unit, layers[unit.layer], trace, head), static_cast<double>(task.lse[i]));
     }
   }
 }
