@@ -105,16 +105,7 @@ struct SlotLoop {
       });
   }
 
-  /// A window's statistic of the row just attended in the place of the logits, for groups of at most loop_heads.
-  __device__ __forceinline__ void weigh_in_place(int size) const {
-    each_two<loop_heads, Looks::weighs_window>(size, [&](int s, int, const float(&weighed)[loop_heads]) {
-#pragma unroll
-      for (int g = 0; g < loop_heads; ++g)
-        if (g < info.group) logits[g * logit_stride + s] = weighed[g];
-    });
-  }
-
-  /// f(slot, its token, the same statistic) where nobody else reads it: it stays in registers.
+  /// f(slot, its token, a window's statistic of the row just attended) for a thread's own slots, for groups of at most loop_heads.
   template <class F>
   __device__ __forceinline__ void each_seen(int size, F f) const {
     each_two<loop_heads, Looks::weighs_window>(size, [&](int s, int slot_token, const float(&weighed)[loop_heads]) {

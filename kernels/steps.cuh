@@ -328,10 +328,7 @@ class Steps : StepRow<P, width, tile> {
     if constexpr (detail::declares_on_compress<P>) p_.score(1, true);
     const bool seen_at_once = window && !compares && in_one_loop;  // in the pass that scores
     if (window && !seen_at_once) {
-      if (in_one_loop)
-        slots.weigh_in_place(p_.size);
-      else
-        p_.weigh_row_in_place();
+      p_.weigh_row_in_place();
       head.sight_.seen = {p_.fixed.logits, 1, p_.trace.group, p_.fixed.logit_stride};
       row_of_ = -1;
       __syncthreads();  // score_in may read what its neighbours saw

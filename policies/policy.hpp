@@ -13,8 +13,7 @@
 //   slot hooks: one slot, its own data only
 //     void  on_attention(auto slot, auto seen) const                    the attention of a block's queries
 //     float score(auto slot) const                                      higher = keep; slot.seen() with a window
-//     float log_bias(auto slot) const                                   added to the slot's logits, e.g. log
-// multiplicity
+//     float log_bias(auto slot) const                                   added to its logits, e.g. log multiplicity
 //     bool  receives(auto slot) const                                   trait nearest: may it receive victims?
 //   head hooks: any slot, neighbours, head.seen(slot)
 //     float score_in(auto& head, int slot) const                        higher = keep
