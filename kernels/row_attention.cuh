@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels/attention_sight.cuh"
+#include "kernels/comparison.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
@@ -174,7 +175,7 @@ __device__ inline float* output_of(const AttentionTask& task, int pair, int valu
   return task.output + static_cast<long>(pair) * value_dim + 2 * (static_cast<int>(threadIdx.x) % 4);
 }
 
-/// Writes two rows' log-sum-exps and, if `valued`, outputs.
+/// Writes two rows' log-sum-exps and, if `valued`, outputs, or what comes of their comparison. For whole warps.
 template <class Element, int N>
 __device__ __forceinline__ void store_rows(const AttentionTask& task, const AttentionShape& shape,
                                            const ThreadRows& rows, const RunningRows<Element>& running,
@@ -185,11 +186,22 @@ __device__ __forceinline__ void store_rows(const AttentionTask& task, const Atte
     float sum = running.sum[r];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const int pair = rows.pair[r];
-    if (pair > last) continue;
-    const RowEnd end = finish_row(task, pair % shape.group, running.base[r], sum, Words<Element>::shift);
-    if (lane % 4 == 0) task.lse[pair] = end.lse;
+    const int pair = rows.pair[r], g = pair % shape.group;
+    const bool there = pair <= last;
+    const RowEnd end = finish_row(task, g, running.base[r], sum, Words<Element>::shift);
+    if (there && lane % 4 == 0) task.lse[pair] = end.lse;
     if (!valued) continue;
+    if (task.comparison) {
+      OutputSums sums;
+      ComparedRow<4> compared(*task.comparison, shape, g, rows.token[r], there, sums);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        if (8 * n < shape.value_dim)
+          compared.add_two(8 * n + 2 * (lane % 4), {o[n][2 * r] * end.factor, o[n][2 * r + 1] * end.factor});
+      compared.keep(end.lse);
+      continue;
+    }
+    if (!there) continue;
     float* const out = output_of(task, pair, shape.value_dim);
 #pragma unroll
     for (int n = 0; n < N; ++n)

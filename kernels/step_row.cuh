@@ -170,14 +170,9 @@ class StepRow : protected StepLook<P, width> {
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
-  /// Outputs were made of the parts that the last row left: said by warps that serve, awaited by each that streams.
-  __device__ void free_parts() const {
-#pragma unroll
-    for (int warp = 0; warp < stream_warps; ++warp) named_arrive(parts_are_free + warp, 32 + serving_threads);
-  }
-  __device__ void await_parts() const {
-    named_wait(parts_are_free + static_cast<int>(threadIdx.x / 32), 32 + serving_threads);
-  }
+  /// Outputs were made of the parts that the last row left: said by warps that serve, awaited by those that stream.
+  __device__ void free_parts() const { named_arrive(parts_are_free, team_threads); }
+  __device__ void await_parts() const { named_wait(parts_are_free, team_threads); }
 
   /// measure_row() of plain rows, which tells the warps that stream as soon as outputs are made of what they left.
   __device__ __forceinline__ void measure_and_free() {
@@ -247,8 +242,8 @@ class StepRow : protected StepLook<P, width> {
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  // Named barriers. One of each warp that streams: outputs were made of the parts that the last row left; and of those that serve.
-  static constexpr int parts_are_free = 1, serving = parts_are_free + stream_warps;
+  // Named barriers.
+  static constexpr int parts_are_free = 1, serving = 2;
   static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
   const bool prepares_;                      // every step does
