@@ -4,8 +4,6 @@
 
 namespace kv {
 
-struct OutputComparison;
-
 /// Common to all tasks of a launch. Queries, keys and values are stored as `elements`; arithmetic is float32.
 struct AttentionShape {
   Dtype elements = Dtype::bfloat16;
@@ -29,8 +27,6 @@ struct AttentionTask {
   long query_stride = 0;                                   // rows between the heads of a group
   float *output = nullptr, *lse = nullptr;                 // [rows][group][value_dim] or null, [rows][group]
   float* sums = nullptr;                                   // [slots][group], see column_sums
-  // What the outputs are compared with as they are made (unit.hpp), or null. Then `output` is memory to work in.
-  const OutputComparison* comparison = nullptr;
   int slots = 0, older = 0, rows = 0, window = 0, newest_key = 0x7fffffff;
   int none = 0;  // tasks are copied word by word: no word is left unset
 };

@@ -129,9 +129,11 @@ void Batch::take(const BlockRange& block) {
   if (measured.empty() && !observes) return;
   Launch launch = stage(Stage::look, block);
   const std::vector<int> rows = observes ? tokens_between(block.first, block.last) : measured;
-  if (!measured.empty()) launch.comparisons = comparisons_.data();
   look(launch, rows, !measured.empty(), observes, TimedPhase::attend);
   launch.rows = device_rows(rows), launch.row_count = static_cast<int>(rows.size());
+  if (!measured.empty())
+    measure_look(span(), tasks_.data(), launch.row_count, measured_of_token_.data(), static_cast<int>(all.size()),
+                 stream_);
   if (!measured.empty() && plan_.settings.mass) {
     launch.stage = Stage::measure;
     program_->launch(launch, trace_.data.kv_heads, row_bytes_, stream_);

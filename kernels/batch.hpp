@@ -123,7 +123,6 @@ class Batch {
   Buffer<Progress> progress_;
   Buffer<LayerData> device_layers_;
   Buffer<AttentionTask> tasks_;
-  Buffer<OutputComparison> comparisons_;
   Buffer<KeyGradientTask> gradient_tasks_;
   Buffer<LostMassTask> lost_tasks_;
   Buffer<int> measured_, measured_of_token_, every_token_, meeting_;

@@ -150,7 +150,7 @@ std::size_t Batch::bytes_of_unit(const TraceData& trace, const BatchPlan& plan, 
   return counter.used() +
          measured * (7 * sizeof(double) + (plan.has_wo ? static_cast<std::size_t>(trace.value_dim) * 4 : 0)) +
          plan.blocks.size() * sizeof(int) + sizeof(Unit) + sizeof(Progress) + sizeof(LostMassTask) +
-         sizeof(AttentionTask) + sizeof(OutputComparison);
+         sizeof(AttentionTask);
 }
 
 Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPlan& plan,
@@ -246,11 +246,6 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
   std::vector<LayerData> layers;
   for (const BatchLayer& layer : layers_) layers.push_back(layer.data);
   device_layers_ = Buffer<LayerData>(layers);
-  std::vector<OutputComparison> comparisons;
-  for (std::size_t u = 0; u < count; ++u)
-    comparisons.push_back({device_units_.data() + u, device_layers_.data() + units_[u].layer, progress_.data() + u,
-                           measured_of_token_.data(), static_cast<int>(measured)});
-  comparisons_ = Buffer<OutputComparison>(comparisons);
 }
 
 void Batch::make_maps(std::size_t unit_bytes) {

@@ -24,7 +24,8 @@ void general_rows(const AttentionShape& shape, const Task* tasks, const Attentio
   constexpr bool lost = std::is_same_v<Task, LostMassTask>;
   if (!fits_tensor_cores(shape, shape.key_dim) || (!lost && !fits_tensor_cores(shape, shape.value_dim))) {
     const int ranks = tiles_of(pairs, plain_tile);
-    return launch(plain_row_kernel<Task>, work_blocks(bounds.tasks, ranks), plain_threads,
+    const auto parts = lost ? 1u : static_cast<unsigned>(tiles_of(shape.value_dim, plain_dims));
+    return launch(plain_row_kernel<Task>, dim3(work_blocks(bounds.tasks, ranks), parts), plain_threads,
                   plain_row_floats(shape.value_dim) * 4, stream, shape, rule, tasks, bounds.tasks, ranks);
   }
   const int ranks = tiles_of(pairs, row_tile);

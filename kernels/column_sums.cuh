@@ -11,7 +11,9 @@ namespace kv {
 
 /// What column_masses sums. Any struct with such a function does: `logit` is after the softcap and without bias, the
 /// row is the rows_after-th before the last one. It may be called for pairs that are not visible; those do not count.
+/// `in_proportion`, if it is there: twice the probability weighs twice as much.
 struct WeighProbability {
+  static constexpr bool in_proportion = true;
   static __device__ float weigh(float probability, float, int) { return probability; }
 };
 

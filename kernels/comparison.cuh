@@ -11,22 +11,26 @@ __device__ inline bool record_error(Progress& progress, UnitError error, int a, 
   return true;
 }
 
-/// What full attention gives head g of a unit for the m-th of `count` measured queries, [value_dim].
-__device__ inline const float* full_output_of(const Unit& unit, const LayerData& layer, int group, int value_dim, int g,
-                                              int m, int count) {
-  return layer.full_output + ((static_cast<long>(unit.info.kv_head) * count + m) * group + g) * value_dim;
+/// The m-th of `count` measured queries as head g of a unit sees it.
+struct MeasuredHead {
+  int g, m, count, token;
+};
+
+/// What full attention gives it, [value_dim].
+__device__ inline const float* full_output_of(const Unit& unit, const LayerData& layer, const TraceData& trace,
+                                              const MeasuredHead& head) {
+  const long row = (static_cast<long>(unit.info.kv_head) * head.count + head.m) * trace.group + head.g;
+  return layer.full_output + row * trace.value_dim;
 }
 
-/// Sums over each `lanes` neighbouring lanes of a warp of four numbers a lane, in the order of a butterfly: the first quarter
-/// of them has the first one's, the next the second one's, and so on.
-template <int lanes>
-__device__ double sum_of_four(double a, double b, double c, double d) {
-  const unsigned lane = threadIdx.x % lanes;
-  const bool upper = lane >= lanes / 2, odd = lane / (lanes / 4) % 2 != 0;
-  const double e = (upper ? c : a) + __shfl_xor_sync(~0u, upper ? a : c, lanes / 2);
-  const double f = (upper ? d : b) + __shfl_xor_sync(~0u, upper ? b : d, lanes / 2);
-  double sum = (odd ? f : e) + __shfl_xor_sync(~0u, odd ? e : f, lanes / 4);
-  for (int k = lanes / 8; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+/// Sums over a warp of four numbers a lane, each in the order of a butterfly over 16, 8, 4, 2 and 1 lanes: lanes 0 to 7 have
+/// the first one's, the next eight lanes the second one's, and so on.
+__device__ inline double sum_of_four(double a, double b, double c, double d) {
+  const bool upper = threadIdx.x % 32 >= 16, odd = threadIdx.x / 8 % 2 != 0;
+  const double e = (upper ? c : a) + __shfl_xor_sync(~0u, upper ? a : c, 16);
+  const double f = (upper ? d : b) + __shfl_xor_sync(~0u, upper ? b : d, 16);
+  double sum = (odd ? f : e) + __shfl_xor_sync(~0u, odd ? e : f, 8);
+  for (int k = 4; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
   return sum;
 }
 
@@ -45,57 +49,38 @@ struct OutputSums {
   }
 };
 
-/// Keeps the sums over `lanes` neighbouring lanes, one head's of a measured query, if it is `there`. What single queries do not
-/// need is left to finish_measures. For whole warps.
-template <int lanes>
+/// Keeps the sums over a warp's lanes, one head's of a measured query. What single queries do not need is left to
+/// finish_measures.
 __device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, int head, int token, long here,
-                                          const OutputSums& sums, double lse, bool there = true) {
-  const int lane = static_cast<int>(threadIdx.x % lanes), which = lane / (lanes / 4);
-  const double sum = sum_of_four<lanes>(sums.error2, sums.full2, sums.got2, sums.dot);
-  if (!there || lane % (lanes / 4) != 0) return;
-  if (which <= 1 && !isfinite(sum)) record_error(progress, UnitError::not_finite, head, token);
-  unit.compared[which][here] = sum;
+                                          const OutputSums& sums, double lse) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot);
+  if (lane % 8 != 0) return;
+  if (lane <= 8 && !isfinite(sum)) record_error(progress, UnitError::not_finite, head, token);
+  unit.compared[lane / 8][here] = sum;
   if (lane == 0) unit.lost_mass[here] = lse;
 }
 
-/// One head's output of a row of a look, which `lanes` neighbouring lanes have parts of.
-template <int lanes>
-struct ComparedRow {
-  const OutputComparison& with;
-  const Unit& unit = *with.unit;
-  const int group, g, token, m;  // m: of the measured queries, -1 = it is none
-  const float* const full_output;
-  float* const delta;
-  OutputSums& sums;
-
-  __device__ ComparedRow(const OutputComparison& comparison, const AttentionShape& shape, int head, int row_token,
-                         bool there, OutputSums& of)
-      : with(comparison),
-        group(shape.group),
-        g(head),
-        token(row_token),
-        m(there ? with.measured_of_token[row_token] : -1),
-        full_output(full_output_of(unit, *with.layer, group, shape.value_dim, g, max(m, 0), with.measured_count)),
-        delta(unit.delta && m >= 0 ? unit.delta + (static_cast<long>(m) * group + g) * shape.value_dim : nullptr),
-        sums(of) {}
-
-  /// Channel c of it.
-  __device__ void add(int c, float output) {
-    const float full = full_output[c];
-    sums.add(output, full);
-    if (delta) delta[c] = output - full;
+/// Compares one head's output of a measured query with full attention's; by one warp.
+__device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceData& trace, Progress& progress,
+                                                const MeasuredHead& head, const float* output, const float* full_output,
+                                                double lse) {
+  const int dv = trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
+  const long in_delta = static_cast<long>(head.m) * trace.group + head.g;
+  float* const delta = unit.delta ? unit.delta + in_delta * dv : nullptr;
+  OutputSums sums;
+  if (dv % 4 == 0) {
+    for (int c = 4 * lane; c < dv; c += 4 * 32)
+      sums.add_four(*reinterpret_cast<const float4*>(output + c), *reinterpret_cast<const float4*>(full_output + c),
+                    delta ? reinterpret_cast<float4*>(delta + c) : nullptr);
+  } else {
+    for (int c = lane; c < dv; c += 32) {
+      sums.add(output[c], full_output[c]);
+      if (delta) delta[c] = output[c] - full_output[c];
+    }
   }
-  /// Channels c and c + 1, where c and all dims are even.
-  __device__ void add_two(int c, float2 output) {
-    const float2 full = *reinterpret_cast<const float2*>(full_output + c);
-    sums.add(output.x, full.x), sums.add(output.y, full.y);
-    if (delta) *reinterpret_cast<float2*>(delta + c) = {output.x - full.x, output.y - full.y};
-  }
-  /// When all channels have been added. For whole warps.
-  __device__ void keep(float lse) const {
-    keep_sums<lanes>(unit, *with.progress, unit.info.kv_head * group + g, token,
-                     static_cast<long>(g) * with.measured_count + m, sums, static_cast<double>(lse), m >= 0);
-  }
-};
+  keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
+            static_cast<long>(head.g) * head.count + head.m, sums, lse);
+}
 
 }  // namespace kv

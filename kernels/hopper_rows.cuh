@@ -25,7 +25,8 @@ struct HopperRows {
   // dots are there, biases are needed a tile longer.
   static constexpr int buffers = 4, stages = valued ? 2 : 4, biases = 2 * stages, known_runs = 2;
   static constexpr int tiles = groups * bytes_64, token = tiles + buffers * bytes_128;
-  static constexpr int bias = token + stages * 512, visible = bias + biases * 512, runs = visible + 16;
+  static constexpr int bias = token + stages * 512, weight = bias + biases * 512;
+  static constexpr int visible = weight + (valued ? 0 : biases * 512), runs = visible + 16;
   static constexpr int bytes = runs + groups * known_runs * int{sizeof(RowRun)} + swizzle_bytes;
   static constexpr int barriers = 2 * buffers + 2 * groups * known_runs;
 
@@ -63,6 +64,10 @@ struct HopperRowMemory {
   __device__ float* biases(unsigned tile) const {
     return reinterpret_cast<float*>(shared + Layout::bias) + tile % Layout::biases * hopper_tile;
   }
+  /// 2^bias; not a number where that is too far from 1 to be a weight. Without values.
+  __device__ float* weights(unsigned tile) const {
+    return reinterpret_cast<float*>(shared + Layout::weight) + tile % Layout::biases * hopper_tile;
+  }
   /// Bit g: all rows of warpgroup g see all of the tile.
   __device__ unsigned& visible(unsigned stage) const {
     return reinterpret_cast<unsigned*>(shared + Layout::visible)[stage];
@@ -97,7 +102,10 @@ struct RowCopies {
       for (int part = 0; part < 4; ++part) {
         const int column = 32 * part + lane;
         copy_4(tokens + column * 4, task.token + min(slot + column, last_slot), true);
-        if (biased) memory.biases(n)[column] = bias[part] * log2_e;
+        if (!biased) continue;
+        const float bias2 = bias[part] * log2_e;
+        memory.biases(n)[column] = bias2;
+        if constexpr (!valued) memory.weights(n)[column] = fabsf(bias2) <= 64 ? exp2_fast(bias2) : NAN;
       }
       const unsigned visible =
           __ballot_sync(~0u, all_visible(task, slot, hopper_tile, first_key, last_key, oldest, newest));
@@ -255,7 +263,7 @@ struct RowWork {
       pin(s);
       if (i + 1 == count) copy_queries(n + 1);
       hide(s, run, i, rows, sees_all);
-      running.template add<biased>(s, rule.factor2, memory.biases(tile), i == 0);
+      running.template add<biased>(s, rule.factor2, memory.biases(tile), memory.weights(tile), i == 0);
       pin(running.sum);
     }
   }

@@ -7,37 +7,13 @@ namespace kv {
 
 /// What full attention gives a head of the m-th measured query, [value_dim].
 __device__ inline const float* full_output_of(const Fixed& f, int g, int m) {
-  return full_output_of(f.unit, f.layer, f.trace.group, f.trace.value_dim, g, m, f.settings.measured_count);
+  return full_output_of(f.unit, f.layer, f.trace, {g, m, f.settings.measured_count, 0});
 }
 
-/// Where the m-th measured query's difference from it goes, or null.
-__device__ inline float* delta_of(const Fixed& f, int g, int m) {
-  float* const delta = f.unit.delta;
-  return delta ? delta + (static_cast<long>(m) * f.trace.group + g) * f.trace.value_dim : nullptr;
-}
-/// keep_sums of head g's output for the m-th measured query.
-__device__ __forceinline__ void keep_sums(Fixed& f, int g, int m, int token, const OutputSums& sums, double lse) {
-  keep_sums<32>(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
-                static_cast<long>(g) * f.settings.measured_count + m, sums, lse);
-}
-
-/// Compares head g's output of the m-th measured query with full attention's; by one warp.
+/// compare_outputs of the m-th measured query; by one warp.
 __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int token, const float* output,
                                                  const float* full_output, double lse) {
-  const int dv = f.trace.value_dim, lane = static_cast<int>(threadIdx.x % 32);
-  float* const delta = delta_of(f, g, m);
-  OutputSums sums;
-  if (dv % 4 == 0) {
-    for (int c = 4 * lane; c < dv; c += 4 * 32)
-      sums.add_four(*reinterpret_cast<const float4*>(output + c), *reinterpret_cast<const float4*>(full_output + c),
-                    delta ? reinterpret_cast<float4*>(delta + c) : nullptr);
-  } else {
-    for (int c = lane; c < dv; c += 32) {
-      sums.add(output[c], full_output[c]);
-      if (delta) delta[c] = output[c] - full_output[c];
-    }
-  }
-  keep_sums(f, g, m, token, sums, lse);
+  compare_outputs(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, output, full_output, lse);
 }
 
 /// A streamed row's output of head g, four channels a lane, against full attention's; by one warp.
@@ -46,11 +22,14 @@ __device__ __forceinline__ void measure_lanes(Fixed& f, int g, int m, int token,
   const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
   OutputSums sums;
   if (c < dv) {
-    float* const delta = delta_of(f, g, m);
-    sums.add_four(output, *reinterpret_cast<const float4*>(full_output + c),
-                  delta ? reinterpret_cast<float4*>(delta + c) : nullptr);
+    float* const delta = f.unit.delta;
+    sums.add_four(
+        output, *reinterpret_cast<const float4*>(full_output + c),
+        delta ? reinterpret_cast<float4*>(delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) : nullptr);
   }
-  keep_sums(f, g, m, token, sums, static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
+  keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
+            static_cast<long>(g) * f.settings.measured_count + m, sums,
+            static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
 }
 /// The same as a call.
 __device__ __noinline__ inline void measure_lanes_apart(Fixed& f, int g, int m, int token, float4 output,

@@ -42,7 +42,7 @@ inline int plain_row_floats(int value_dim) {
   return 2 * plain_tile_floats + plain_tile * (value_dim < plain_dims ? value_dim : plain_dims);
 }
 
-/// A block does a piece of work, 256 dims of the output after the other.
+/// Block (x, y): the x-th piece of work, output dims [256 y, 256 (y + 1)).
 template <class Task>
 __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionShape shape, LogitRule rule,
                                                                      const Task* tasks, int count, int ranks) {
@@ -56,9 +56,10 @@ __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionSh
   const Dtype type = shape.elements;
   const int group = shape.group, pairs = task.rows * group;
   const int first = ((pairs + plain_tile - 1) / plain_tile - 1 - work.rank) * plain_tile;
+  const int first_dim = static_cast<int>(blockIdx.y) * plain_dims;
   const bool valued = !lost && task.output != nullptr;
-  if (first < 0) return;
-  const int last = min(first + plain_tile, pairs) - 1;
+  if (first < 0 || (!valued && first_dim > 0)) return;
+  const int last = min(first + plain_tile, pairs) - 1, dims = min(shape.value_dim - first_dim, plain_dims);
   SlotTiles tiles{};
   if (task.slots > 0) tiles = visible_tiles(task, first / group, last / group, plain_tile);
 
@@ -71,95 +72,80 @@ __global__ __launch_bounds__(plain_threads, 2) void plain_row_kernel(AttentionSh
     row_token[i] = task.query_token[pair / group];
     if constexpr (lost) lse2[i] = task.lse[pair] == -INFINITY ? 0.f : task.lse[pair] * log2_e;
   }
-  OutputSums compared[4];
-  for (int first_dim = 0; first_dim == 0 || (valued && first_dim < shape.value_dim); first_dim += plain_dims) {
-    const int dims = min(shape.value_dim - first_dim, plain_dims);
-    __syncthreads();  // the dims before have been read
-    if (valued)
-      for (int i = static_cast<int>(threadIdx.x); i < plain_tile * dims; i += plain_threads) o_tile[i] = 0;
-    __syncthreads();
+  if (valued)
+    for (int i = static_cast<int>(threadIdx.x); i < plain_tile * dims; i += plain_threads) o_tile[i] = 0;
+  __syncthreads();
 
-    float base[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[4] = {};
-    for (int t = 0; t < tiles.count; ++t) {
-      const int slot = tiles[t] * plain_tile;
-      Corner s;
-      dot_rows(s, work_tile, shape.key_dim, type, QueryRows{task, shape, first, last}, type,
-               SlotRows{task.keys, slot, task.slots, row_bytes(shape, shape.key_dim)});
-      PlainLogits{task, rule}.finish(s, slot, row_token, first, pairs);
-      if constexpr (lost) {
+  float base[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[4] = {};
+  for (int t = 0; t < tiles.count; ++t) {
+    const int slot = tiles[t] * plain_tile;
+    Corner s;
+    dot_rows(s, work_tile, shape.key_dim, type, QueryRows{task, shape, first, last}, type,
+             SlotRows{task.keys, slot, task.slots, row_bytes(shape, shape.key_dim)});
+    PlainLogits{task, rule}.finish(s, slot, row_token, first, pairs);
+    if constexpr (lost) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int at = min(slot + plain_x() + j, task.slots - 1), lost_at = tasks[work.task].lost_at[at];
+      for (int j = 0; j < 4; ++j) {
+        const int at = min(slot + plain_x() + j, task.slots - 1), lost_at = tasks[work.task].lost_at[at];
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (lost_at < row_token[i]) mass[i] += exp2f(s[i][j] - lse2[i]);
-        }
-      } else {
-        float rescale[4];
+        for (int i = 0; i < 4; ++i)
+          if (lost_at < row_token[i]) mass[i] += exp2f(s[i][j] - lse2[i]);
+      }
+    } else {
+      float rescale[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float peak = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
+      for (int i = 0; i < 4; ++i) {
+        float peak = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
 #pragma unroll
-          for (int k = 1; k < 16; k *= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, k));
-          const float now = fmaxf(base[i], peak), zero = now == -INFINITY ? 0.f : now;
-          rescale[i] = exp2f(base[i] - zero);
-          base[i] = now;
-          float added = 0;
+        for (int k = 1; k < 16; k *= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, k));
+        const float now = fmaxf(base[i], peak), zero = now == -INFINITY ? 0.f : now;
+        rescale[i] = exp2f(base[i] - zero);
+        base[i] = now;
+        float added = 0;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) added += s[i][j] = exp2f(s[i][j] - zero);
-          sum[i] = __fmaf_rn(sum[i], rescale[i], added);
-        }
-        if (!valued) continue;
-        store_across(p_tile, s);
-        for (int d = 0; d < dims; d += plain_tile) {
-          __syncthreads();  // the products before have been read
-          load_along(work_tile, first_dim + d, shape.value_dim, type,
-                     SlotRows{task.values, slot, task.slots, row_bytes(shape, shape.value_dim)});
-          __syncthreads();
-          Corner o;
+        for (int j = 0; j < 4; ++j) added += s[i][j] = exp2f(s[i][j] - zero);
+        sum[i] = __fmaf_rn(sum[i], rescale[i], added);
+      }
+      if (!valued) continue;
+      store_across(p_tile, s);
+      for (int d = 0; d < dims; d += plain_tile) {
+        __syncthreads();  // the products before have been read
+        load_along(work_tile, first_dim + d, shape.value_dim, type,
+                   SlotRows{task.values, slot, task.slots, row_bytes(shape, shape.value_dim)});
+        __syncthreads();
+        Corner o;
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int column = d + plain_x() + j;
-              o[i][j] = column < dims ? o_tile[(plain_y() + i) * dims + column] * rescale[i] : 0.f;
-            }
-          multiply(o, p_tile, work_tile, plain_tile);
+          for (int j = 0; j < 4; ++j) {
+            const int column = d + plain_x() + j;
+            o[i][j] = column < dims ? o_tile[(plain_y() + i) * dims + column] * rescale[i] : 0.f;
+          }
+        multiply(o, p_tile, work_tile, plain_tile);
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-              if (d + plain_x() + j < dims) o_tile[(plain_y() + i) * dims + d + plain_x() + j] = o[i][j];
-        }
+          for (int j = 0; j < 4; ++j)
+            if (d + plain_x() + j < dims) o_tile[(plain_y() + i) * dims + d + plain_x() + j] = o[i][j];
       }
     }
+  }
 
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = plain_y() + i, pair = first + row;
-      const bool there = pair <= last;
-      if constexpr (lost) {
-        const double all = sum_of_row(mass[i]);
-        if (there && plain_x() == 0) tasks[work.task].masses[pair] = all;
-      } else {
-        const float all = sum_of_row(sum[i]);
-        const int g = pair % group;
-        const RowEnd end = finish_row(task, g, base[i], all, 0.f);
-        if (there && plain_x() == 0 && first_dim == 0) task.lse[pair] = end.lse;
-        if (!valued) continue;
-        // The thread's own columns: four of every 64.
-        const auto each_column = [&](auto f) {
-          for (int d = plain_x(); d < dims; d += d % 4 == 3 ? plain_tile - 3 : 1)
-            f(first_dim + d, o_tile[row * dims + d] * end.factor);
-        };
-        if (task.comparison) {
-          ComparedRow<16> of(*task.comparison, shape, g, row_token[i], there, compared[i]);
-          each_column([&](int c, float output) { of.add(c, output); });
-          if (first_dim + dims == shape.value_dim) of.keep(end.lse);
-        } else if (there) {
-          each_column(
-              [&](int c, float output) { task.output[static_cast<long>(pair) * shape.value_dim + c] = output; });
-        }
+  for (int i = 0; i < 4; ++i) {
+    const int row = plain_y() + i, pair = first + row;
+    if constexpr (lost) {
+      const double all = sum_of_row(mass[i]);
+      if (pair <= last && plain_x() == 0) tasks[work.task].masses[pair] = all;
+    } else {
+      const float all = sum_of_row(sum[i]);
+      if (pair > last) continue;
+      const RowEnd end = finish_row(task, pair % group, base[i], all, 0.f);
+      if (plain_x() == 0 && first_dim == 0) task.lse[pair] = end.lse;
+      if (!valued) continue;
+      for (int d = plain_x(); d < dims; ++d) {  // the thread's own columns: four of every 64
+        task.output[static_cast<long>(pair) * shape.value_dim + first_dim + d] = o_tile[row * dims + d] * end.factor;
+        if (d % 4 == 3) d += plain_tile - 4;
       }
     }
   }

@@ -6,7 +6,6 @@
 #include <type_traits>
 
 #include "kernels/attention_sight.cuh"
-#include "kernels/comparison.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/tensor_tiles.cuh"
 
@@ -86,9 +85,10 @@ struct RunningRows {
   }
 
   /// The same of dots where nobody wants the probabilities: peaks are not looked for while sums show that no base moves.
-  /// `biased`: with biases in units of log 2.
+  /// `biased`: with biases in units of log 2 and their powers of 2, `weight`, which cost nothing where a sum is taken anyway.
   template <bool biased, int N>
-  __device__ __forceinline__ void add(float (&s)[N][4], float factor2, const float* bias, bool first_tile) {
+  __device__ __forceinline__ void add(float (&s)[N][4], float factor2, const float* bias, const float* weight,
+                                      bool first_tile) {
     constexpr float usual = 1 << (Words<Element>::shift + Words<Element>::slack - 1);
     if (!first_tile) {
       float added[2] = {0, 0};
@@ -96,10 +96,10 @@ struct RunningRows {
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float logit = biased ? __fmaf_rn(s[n][e], factor2, bias_of(bias, n, e)) : s[n][e];
-          added[e / 2] += exp2_fast(__fmaf_rn(logit, biased ? 1.f : factor2, shift - base[e / 2]));
+          const float p = exp2_fast(__fmaf_rn(s[n][e], factor2, shift - base[e / 2]));
+          added[e / 2] = biased ? __fmaf_rn(p, bias_of(weight, n, e), added[e / 2]) : added[e / 2] + p;
         }
-      // A row that has seen nothing has a sum that is infinite or no number.
+      // A row that has seen nothing has a sum that is infinite or no number; so has one with a weight that is none.
       if (__all_sync(~0u, added[0] <= usual && added[1] <= usual)) {
         sum[0] += added[0], sum[1] += added[1];
         return;
@@ -175,7 +175,7 @@ __device__ inline float* output_of(const AttentionTask& task, int pair, int valu
   return task.output + static_cast<long>(pair) * value_dim + 2 * (static_cast<int>(threadIdx.x) % 4);
 }
 
-/// Writes two rows' log-sum-exps and, if `valued`, outputs, or what comes of their comparison. For whole warps.
+/// Writes two rows' log-sum-exps and, if `valued`, outputs.
 template <class Element, int N>
 __device__ __forceinline__ void store_rows(const AttentionTask& task, const AttentionShape& shape,
                                            const ThreadRows& rows, const RunningRows<Element>& running,
@@ -186,22 +186,11 @@ __device__ __forceinline__ void store_rows(const AttentionTask& task, const Atte
     float sum = running.sum[r];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const int pair = rows.pair[r], g = pair % shape.group;
-    const bool there = pair <= last;
-    const RowEnd end = finish_row(task, g, running.base[r], sum, Words<Element>::shift);
-    if (there && lane % 4 == 0) task.lse[pair] = end.lse;
+    const int pair = rows.pair[r];
+    if (pair > last) continue;
+    const RowEnd end = finish_row(task, pair % shape.group, running.base[r], sum, Words<Element>::shift);
+    if (lane % 4 == 0) task.lse[pair] = end.lse;
     if (!valued) continue;
-    if (task.comparison) {
-      OutputSums sums;
-      ComparedRow<4> compared(*task.comparison, shape, g, rows.token[r], there, sums);
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-        if (8 * n < shape.value_dim)
-          compared.add_two(8 * n + 2 * (lane % 4), {o[n][2 * r] * end.factor, o[n][2 * r + 1] * end.factor});
-      compared.keep(end.lse);
-      continue;
-    }
-    if (!there) continue;
     float* const out = output_of(task, pair, shape.value_dim);
 #pragma unroll
     for (int n = 0; n < N; ++n)

@@ -85,7 +85,6 @@ class Stages {
     task.query_row = unit.query_row, task.query_token = args_.rows;
     task.output = args_.outputs ? unit.block_output : nullptr, task.lse = unit.block_lse;
     task.sums = args_.sums ? unit.sums : nullptr;
-    task.comparison = args_.comparisons ? args_.comparisons + blockIdx.x : nullptr;
     task.rows = idle ? 0 : args_.row_count, task.slots = slots;
     // Slots older than every row come first, in any order. A window's queries may be among them: then every slot is looked
     // at one by one.

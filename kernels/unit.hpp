@@ -123,15 +123,6 @@ struct Unit {
   unsigned* clocks = nullptr;                       // [steps][timed_phases], or null
 };
 
-/// Full attention's outputs, which a unit's are compared with.
-struct OutputComparison {
-  const Unit* unit = nullptr;
-  const LayerData* layer = nullptr;
-  Progress* progress = nullptr;
-  const int* measured_of_token = nullptr;  // see PlaySettings
-  int measured_count = 0;
-};
-
 /// How rows turn.
 struct Rotation {
   Dtype elements = Dtype::bfloat16, step = Dtype::float32;  // step: what every product and sum is rounded to
@@ -191,12 +182,11 @@ struct Launch {
   bool last_compresses = true;           // the last step ends with its compression
   bool together = false;                 // layers decide as one within the launch; meeting[first head] counts arrivals
   int* meeting = nullptr;
-  AttentionTask* tasks = nullptr;                 // [units]
-  const OutputComparison* comparisons = nullptr;  // [units] of the look's outputs, or null
-  int step_slots = 0;                             // most slots of a unit during the steps
-  int record_bytes = 0;                           // of shared memory for StepRecords
-  int ring_bytes = short_ring;                    // of shared memory for a warp's ring
-  int plain_width = 0;  // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
+  AttentionTask* tasks = nullptr;  // [units]
+  int step_slots = 0;              // most slots of a unit during the steps
+  int record_bytes = 0;            // of shared memory for StepRecords
+  int ring_bytes = short_ring;     // of shared memory for a warp's ring
+  int plain_width = 0;             // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
   bool timed = false;
 };
 

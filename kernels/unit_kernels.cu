@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/comparison.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/rotation.cuh"
 
@@ -57,6 +58,24 @@ __global__ void turn_look_kernel(const Unit* units, const LayerData* layers, Tra
                       unit.queries, g * task.rows + r);
       },
       [](long) {});
+}
+
+/// A warp a row, head by head.
+__global__ void measure_look_kernel(const Unit* units, const LayerData* layers, Progress* progress, TraceData trace,
+                                    const AttentionTask* tasks, const int* measured_of_token, int measured_count) {
+  const Unit& unit = units[blockIdx.x];
+  const AttentionTask& task = tasks[blockIdx.x];
+  const int warps = static_cast<int>(blockDim.x / 32 * gridDim.y);
+  for (int r = static_cast<int>((blockIdx.y * blockDim.x + threadIdx.x) / 32); r < task.rows; r += warps) {
+    const int token = task.query_token[r], m = measured_of_token[token];
+    if (m < 0) continue;
+    for (int g = 0; g < trace.group; ++g) {
+      const MeasuredHead head{g, m, measured_count, token};
+      const long i = static_cast<long>(r) * trace.group + g;
+      compare_outputs(unit, trace, progress[blockIdx.x], head, task.output + i * trace.value_dim,
+                      full_output_of(unit, layers[unit.layer], trace, head), static_cast<double>(task.lse[i]));
+    }
+  }
 }
 
 /// The gradients of a probed block: its look, and whose gradients enter.
@@ -193,6 +212,12 @@ dim3 blocks_over(int units, long rows, int rows_a_round) {
 void turn_look(const UnitSpan& s, const AttentionTask* looks, const AttentionBounds& bounds, cudaStream_t stream) {
   const long most = std::max<long>(bounds.slots, static_cast<long>(bounds.rows) * s.trace.group);
   launch(turn_look_kernel, blocks_over(s.count, most, 32), 256, 0, stream, s.units, s.layers, s.trace, looks);
+}
+
+void measure_look(const UnitSpan& s, const AttentionTask* looks, int rows, const int* measured_of_token, int measured,
+                  cudaStream_t stream) {
+  launch(measure_look_kernel, blocks_over(s.count, rows, 8), 256, 0, stream, s.units, s.layers, s.progress, s.trace,
+         looks, measured_of_token, measured);
 }
 
 void fill_gradient_tasks(const UnitSpan& s, const AttentionTask* looks, int first_token, bool absolute, bool recorded,

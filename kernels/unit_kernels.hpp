@@ -34,6 +34,10 @@ struct UnitSpan {
 /// Rows that look at caches by their places: keys that are not there yet and all queries turn. `looks` are theirs.
 void turn_look(const UnitSpan& span, const AttentionTask* looks, const AttentionBounds& bounds, cudaStream_t stream);
 
+/// Outputs of the measured ones among a look's rows against full attention; the rest is Stage::finish's.
+void measure_look(const UnitSpan& span, const AttentionTask* looks, int rows, const int* measured_of_token,
+                  int measured, cudaStream_t stream);
+
 /// The tasks of a probed block's key gradients: its look, and whose output gradients enter (`recorded`, or the outputs
 /// themselves). `first_token` is the block's.
 void fill_gradient_tasks(const UnitSpan& span, const AttentionTask* looks, int first_token, bool absolute,
