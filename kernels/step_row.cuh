@@ -57,12 +57,14 @@ class StepRow : protected StepLook<P, width> {
       for (int token = args_.first; token < min(args_.first + fetched_ahead, args_.last); ++token) fetch(token);
     close_copies();
     await_copies<0>();
+    if (may_part && !streams_now()) free_parts();
     __syncthreads();
   }
   /// After the last step: takes out what is under way.
   __device__ void end() {
     await_copies<0>();
     if (streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
+    if (may_part && streams_now()) await_parts();
     __syncthreads();
     measure_row();
   }
@@ -91,14 +93,13 @@ class StepRow : protected StepLook<P, width> {
                  stream_tile());
       stream(now, next);
     } else {
-      if constexpr (plain && !may_part) measure_parts();
+      if constexpr (plain && !may_part) measure_and_free();
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
       if constexpr (may_part)
         await_copies<0>();  // the next step's inputs
       else
         serve(token);
-      if constexpr (plain) __syncthreads();  // outputs were made of the parts that the last row left
     }
     p_.stale = p_.changed = -1;
     TileRing::advance(p_.ring, stream_tile(), last, next);
@@ -123,7 +124,7 @@ class StepRow : protected StepLook<P, width> {
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
         stream.run(p_.ring, next);
-        __syncthreads();
+        await_parts();
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -169,19 +170,27 @@ class StepRow : protected StepLook<P, width> {
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
-  /// measure_row() of plain rows, by the warps that serve.
-  __device__ __forceinline__ void measure_parts() {
-    if (measured_ < 0) return;
+  /// Outputs were made of the parts that the last row left: said by warps that serve, awaited by those that stream.
+  __device__ void free_parts() const { named_arrive(parts_are_free, team_threads); }
+  __device__ void await_parts() const { named_wait(parts_are_free, team_threads); }
+
+  /// measure_row() of plain rows, which tells the warps that stream as soon as outputs are made of what they left.
+  __device__ __forceinline__ void measure_and_free() {
     constexpr int serving_warps = serving_threads / 32;
     const int first = p_.warp - stream_warps, group = p_.trace.group;
     const auto output_of = [&](int g) __attribute__((always_inline)) {
       return attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row);
     };
     const auto full_output = [&](int g) { return inputs().full_output(measured_token_, g, measured_); };
+    float4 output{}, other{};
+    if (measured_ >= 0 && first < group) output = output_of(first);
     static_assert(stream_heads <= 2 * serving_warps);
-    if (first < group) measure_lanes(p_.fixed, first, measured_, measured_token_, output_of(first), full_output(first));
+    if (measured_ >= 0 && first + serving_warps < group) other = output_of(first + serving_warps);
+    free_parts();
+    if (measured_ < 0) return;
+    if (first < group) measure_lanes(p_.fixed, first, measured_, measured_token_, output, full_output(first));
     if (first + serving_warps < group)
-      measure_lanes_apart(p_.fixed, first + serving_warps, measured_, measured_token_, output_of(first + serving_warps),
+      measure_lanes_apart(p_.fixed, first + serving_warps, measured_, measured_token_, other,
                           full_output(first + serving_warps));
   }
 
@@ -233,7 +242,8 @@ class StepRow : protected StepLook<P, width> {
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  static constexpr int serving = 1;  // named barrier of the warps that do not stream
+  // Named barriers, by constants: racecheck loses count of those whose number is in a register.
+  static constexpr int parts_are_free = 1, serving = 2;
   static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
   const bool prepares_;                      // every step does
