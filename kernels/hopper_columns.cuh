@@ -343,8 +343,8 @@ __global__ __launch_bounds__(HopperColumns::threads,
     const int tiles = run.tiles.count(), back = run.tiles.back();
     const bool paired = run.tiles.paired, biased = task.bias != nullptr, slots_visible = run.visible;
     ColumnSums sums(run, mine, shape.group);
-    const bool multiplied = biased && requires { Weigh::in_proportion; }
-    &&sums.factors_do();
+    constexpr bool in_proportion = requires { Weigh::in_proportion; };
+    const bool multiplied = in_proportion && biased && sums.factors_do();
     if (run.other_queries) {
       for (int b = 0; work.stay && stays >= 0 && b < Layout::staying; ++b) release(barriers.free(b));
       ++stays;
