@@ -13,6 +13,10 @@ constexpr int half_64 = 64 * 128, half_128 = 128 * 128;          // bytes of a h
 constexpr int bytes_64 = 2 * half_64, bytes_128 = 2 * half_128;  // bytes of a tile
 constexpr int swizzle_bytes = 1024;                              // alignment of tiles
 
+/// What a bias (in units of log 2) weighs where probabilities are only summed: 2^bias, or no number where it is too far from 1,
+/// since the probabilities without it may be out of range.
+__device__ inline float weight_of(float bias2) { return fabsf(bias2) <= 64 ? exp2_fast(bias2) : NAN; }
+
 /// A shuffle's result: so the compiler knows that all of a warp have the same, and what follows from it needs no lanes.
 __device__ inline int warpgroup_of_warp() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0); }
 

@@ -240,7 +240,7 @@ struct ColumnCopies {
 /// A thread's two slots.
 struct ColumnSums {
   int token[2];
-  float bias2[2], factor[2], sum[2] = {0, 0};  // factor: 2^bias2
+  float bias2[2], weight[2], sum[2] = {0, 0};
   float* to;  // sums of the slot, and the head from a tile's first on, that the lane writes; null of no slot
 
   __device__ ColumnSums(const ColumnRun& run, int warpgroup, int group) {
@@ -249,14 +249,14 @@ struct ColumnSums {
     for (int r = 0; r < 2; ++r) {
       const int at = 16 * warp + lane / 4 + 8 * r;
       token[r] = run.token[at], bias2[r] = run.task.bias ? run.bias[at] * log2_e : 0.f;
-      factor[r] = exp2_fast(bias2[r]);
+      weight[r] = weight_of(bias2[r]);
     }
     const int slot = run.first + 64 * warpgroup + 16 * warp + lane / 4 + 8 * (lane % 2);
     to = slot < run.task.slots ? run.task.sums + static_cast<long>(slot) * group + lane / 2 % 2 : nullptr;
   }
 
-  /// Whether what is summed without biases may be multiplied by `factor` afterwards: for whole warps.
-  __device__ bool factors_do() const { return __all_sync(~0u, fabsf(bias2[0]) <= 64 && fabsf(bias2[1]) <= 64); }
+  /// Whether what is summed without biases may be weighed afterwards: for whole warps.
+  __device__ bool weights_do() const { return !__any_sync(~0u, isnan(weight[0]) || isnan(weight[1])); }
 
   /// What the halves of a tile of 128 rows add.
   template <class Weigh, bool biased, bool masked>
@@ -344,7 +344,7 @@ __global__ __launch_bounds__(HopperColumns::threads,
     const bool paired = run.tiles.paired, biased = task.bias != nullptr, slots_visible = run.visible;
     ColumnSums sums(run, mine, shape.group);
     constexpr bool in_proportion = requires { Weigh::in_proportion; };
-    const bool multiplied = in_proportion && biased && sums.factors_do();
+    const bool weighed = in_proportion && biased && sums.weights_do();
     if (run.other_queries) {
       for (int b = 0; work.stay && stays >= 0 && b < Layout::staying; ++b) release(barriers.free(b));
       ++stays;
@@ -367,12 +367,12 @@ __global__ __launch_bounds__(HopperColumns::threads,
       float added[2][2] = {};
       if (!plain)
         sums.add<Weigh, true, true>(added, s, rule, task, rows, back);
-      else if (biased && !multiplied)
+      else if (biased && !weighed)
         sums.add<Weigh, true, false>(added, s, rule, task, rows, back);
       else
         sums.add<Weigh, false, false>(added, s, rule, task, rows, back);
-      if (plain && multiplied)
-        for (int r = 0; r < 2; ++r) added[0][r] *= sums.factor[r], added[1][r] *= sums.factor[r];
+      if (plain && weighed)
+        for (int r = 0; r < 2; ++r) added[0][r] *= sums.weight[r], added[1][r] *= sums.weight[r];
       if (paired) {
         sums.store(added[0], added[1], head, lower);
         continue;

@@ -64,7 +64,7 @@ struct HopperRowMemory {
   __device__ float* biases(unsigned tile) const {
     return reinterpret_cast<float*>(shared + Layout::bias) + tile % Layout::biases * hopper_tile;
   }
-  /// 2^bias; not a number where that is too far from 1 to be a weight. Without values.
+  /// Those biases as weights. Without values.
   __device__ float* weights(unsigned tile) const {
     return reinterpret_cast<float*>(shared + Layout::weight) + tile % Layout::biases * hopper_tile;
   }
@@ -105,7 +105,7 @@ struct RowCopies {
         if (!biased) continue;
         const float bias2 = bias[part] * log2_e;
         memory.biases(n)[column] = bias2;
-        if constexpr (!valued) memory.weights(n)[column] = fabsf(bias2) <= 64 ? exp2_fast(bias2) : NAN;
+        if constexpr (!valued) memory.weights(n)[column] = weight_of(bias2);
       }
       const unsigned visible =
           __ballot_sync(~0u, all_visible(task, slot, hopper_tile, first_key, last_key, oldest, newest));
