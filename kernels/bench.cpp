@@ -87,13 +87,14 @@ BenchRow time_decode(const DecodeCase& c, const Bandwidth& rates) {
                 fits ? "what is held fits the L2 cache: warm" : "");
 }
 
-/// One block of 512 tokens under KVSlimmer at 2592 slots: what a ninth block takes beyond eight.
+/// One block of 512 tokens under KVSlimmer at its published budget: probed beside 2592 slots, which are merged to 2080 before it
+/// attends. What a ninth block takes beyond eight.
 BenchRow time_slimmer(const BenchPeers& peers) {
-  constexpr int block = 512, slots = 2592, blocks = 9;
+  constexpr int block = 512, budget = 2080, slots = budget + block, blocks = 9;
   const PolicyEntry& entry = find_policy("kv_slimmer");
   const auto policy = entry.make();
   ReplaySettings settings;
-  settings.budget = slots, settings.block = {block}, settings.compress = Compress::prompt,
+  settings.budget = budget, settings.block = {block}, settings.compress = Compress::prompt,
   settings.positions = Positions::span;
   std::vector<std::vector<double>> us;
   Synthetic shape;
@@ -104,9 +105,12 @@ BenchRow time_slimmer(const BenchPeers& peers) {
                             [](const Batch& batch, cudaStream_t stream) { return batch.prompt_us(stream); }));
   }
   for (std::size_t i = 0; i < us[1].size(); ++i) us[1][i] -= median(us[0]);
-  const double product = 2.0 * layers * shape.query_heads * block * (slots + block / 2) * shape.head_dim;
-  return row_of(slimmer_work, "5 attention products at the GEMM rate", us[1],
-                peers.gemm_flops > 0 ? 5 * product / peers.gemm_flops * 1e6 : 0, 1.8, 1.3,
+  const auto product = [&](int before) {  // causal, of queries and keys or of probabilities and values
+    return 2.0 * layers * shape.query_heads * block * (before + block / 2) * shape.head_dim;
+  };
+  const double products = 2 * product(slots) + 3 * product(budget);  // probabilities are two words
+  return row_of(slimmer_work, "2 products of the probe, 3 of attention, at the GEMM rate", us[1],
+                peers.gemm_flops > 0 ? products / peers.gemm_flops * 1e6 : 0, 1.8, 1.3,
                 "32 layers; attention, probe, proxy, merge");
 }
 

@@ -103,13 +103,14 @@ __device__ __noinline__ inline DeviceCandidates decisive(const Play& play, bool 
     std::uint8_t safety;
   };
   const auto first = [&](int i) { return Sum{__ldcg(scores + i), __ldcg(safeties + i)}; };
-  const auto add = [&](Sum& sum, int i, int before) {  // scores add up, the higher safety wins
+  const auto next = [&](int i, int before) {
     const int h = before + 1;
-    sum.score += __ldcg(scores + h * scores_apart + i);
-    const std::uint8_t safe = __ldcg(safeties + h * safeties_apart + i);
-    sum.safety = safe > sum.safety ? safe : sum.safety;
+    return Sum{__ldcg(scores + h * scores_apart + i), __ldcg(safeties + h * safeties_apart + i)};
   };
-  play.team.for_each_read(play.size, first, unit.layer_heads - 1, add, [&](int i, const Sum& sum) {
+  const auto add = [](Sum& sum, const Sum& theirs) {  // scores add up, the higher safety wins
+    sum.score += theirs.score, sum.safety = theirs.safety > sum.safety ? theirs.safety : sum.safety;
+  };
+  play.team.for_each_read(play.size, first, unit.layer_heads - 1, next, add, [&](int i, const Sum& sum) {
     unit.all_score[i] = sum.score, unit.all_safety[i] = sum.safety;
   });
   __syncthreads();

@@ -120,7 +120,12 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
     __syncthreads();
     for (int k = begin; k < end; ++k) {
       int earlier = 0;  // victims of this round before mine that share the target
-      for (unsigned j = 0; j < threadIdx.x; ++j) earlier += begins[j] <= k && k < ends[j];
+      const auto add = [&](unsigned j, int from, int to) { earlier += j < threadIdx.x && from <= k && k < to; };
+#pragma unroll 2
+      for (unsigned j = 0; j < threadIdx.x; j += 4) {
+        const int4 from = *reinterpret_cast<const int4*>(begins + j), to = *reinterpret_cast<const int4*>(ends + j);
+        add(j, from.x, to.x), add(j + 1, from.y, to.y), add(j + 2, from.z, to.z), add(j + 3, from.w, to.w);
+      }
       list[start[k] - base + earlier] = going[i];
     }
     __syncthreads();
@@ -153,21 +158,11 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
     unit.targets[k] = sum;
   });
   __syncthreads();
-  // Rows go by groups of lanes, each of which has looked up one of its group's next targets.
-  const int lanes = detail::lanes_of_target<by_channel>(player), groups = team_threads / lanes;
-  const int group = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-  for (int first = 0; first < receivers; first += team_threads) {
-    const int i = min(first + lane * groups + group, receivers - 1), k = receiving[i], slot = kept_slot[k];
-    const int mine = members(k, begin), victim = list[begin];
-    for (int j = 0; j < lanes && first + j * groups < receivers; ++j) {
-      const auto of_turn = [&](int x) { return __shfl_sync(~0u, x, static_cast<int>(threadIdx.x % 32) - lane + j); };
-      const int target = of_turn(slot), size = of_turn(mine), at = of_turn(k);
-      const auto plan = plan_at(of_turn(begin), of_turn(victim));
-      if (first + j * groups + group < receivers)
-        detail::write_target(player, head, target, size, unit.targets[at], plan, lanes);
-    }
-  }
-  __syncthreads();
+  const auto turn_of = [&](int i) {
+    const int k = receiving[i], victims = members(k, begin);
+    return detail::TargetTurn{kept_slot[k], victims, k, begin, list[begin]};
+  };
+  detail::write_targets(player, head, receivers, turn_of, plan_at);
   team.for_each(receivers, [&](int i) {
     const int k = receiving[i], size = members(k, begin), target = kept_slot[k];
     for (int j = 0; j < size; ++j) {

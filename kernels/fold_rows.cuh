@@ -76,84 +76,156 @@ __device__ int lanes_of_target(const Player& player) {
   return folds_in_eights<by_channel>(player) && trace.key_dim <= 128 && trace.value_dim <= 128 ? 16 : 32;
 }
 
-/// Writes a target's key and value, adjusted sums given, `step` channels at a time by each of `lanes` neighbouring threads:
-/// row = (own * row + sum of weight * victim) / divisor. Rows are read together, before it is known whether they move.
-/// `bfloat16`: they are known to be of it, stored and rounded.
+/// Quotients of one divisor, to the bit: from its reciprocal by two corrections (Markstein 1990, IBM J. Res. Dev. 34:1), where
+/// nothing comes near an overflow or underflow.
+struct Quotients {
+  static constexpr float least = 0x1p-60f, most = 0x1p60f;
+  const float divisor, reciprocal;
+  __device__ explicit Quotients(float d) : divisor(d), reciprocal(1 / d) {}
+  template <int step>
+  __device__ void divide(float (&x)[step]) const {
+    float smallest = std::abs(divisor), largest = smallest;
+#pragma unroll
+    for (const float each : x) smallest = fminf(smallest, std::abs(each)), largest = fmaxf(largest, std::abs(each));
+    if (smallest >= least && largest <= most) {
+#pragma unroll
+      for (float& each : x) {
+        float q = each * reciprocal;
+        q = __fmaf_rn(__fmaf_rn(-q, divisor, each), reciprocal, q);
+        each = __fmaf_rn(__fmaf_rn(-q, divisor, each), reciprocal, q);
+      }
+    } else {
+#pragma unroll 1
+      for (float& each : x) each /= divisor;
+    }
+  }
+};
+
+/// A slot's key and value as a lane has them, `step` channels of each, not widened yet. What is beyond a row's end is from its
+/// beginning.
+template <int step>
+struct SlotRows {
+  decltype(read_channels<step>(nullptr, Dtype::float32, 0)) key, value;
+  __device__ static SlotRows of(const Unit& unit, const TraceData& trace, Dtype elements, int slot, int c) {
+    const int dk = trace.key_dim, dv = trace.value_dim;
+    return {read_channels<step>(unit.keys, elements, static_cast<long>(slot) * dk + (c < dk ? c : 0)),
+            read_channels<step>(unit.values, elements, static_cast<long>(slot) * dv + (c < dv ? c : 0))};
+  }
+};
+
+/// A victim under way to its target: its rows and their weights.
+template <int step>
+struct VictimRows {
+  int slot;
+  SlotRows<step> rows;
+  float key, value;
+};
+
+/// What became of a target's rows. Without weight from any victim a row is what it was, unless on_target scales it.
+struct RowsMoved {
+  bool key = false, value = false, leaves = false;
+};
+
+/// `step` channels from c on of a target's key and value, adjusted sums given:
+/// row = (own * row + sum of weight * victim) / divisor. `own` and the first victim have been read; the others are read here.
+/// `bfloat16`: rows are known to be of it, stored and rounded.
+template <int step, bool bfloat16, class Player, class Head, class Plan>
+__device__ void write_channels(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
+                               int c, const SlotRows<step>& own, VictimRows<step> next, RowsMoved& moved) {
+  const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements(), dtype = player.dtype();
+  const Unit& unit = player.unit;
+  const TraceData& trace = player.trace;
+  const bool in_key = c < trace.key_dim, in_value = c < trace.value_dim;
+  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
+  const auto key_weight = [&](int slot, int channel) {
+    if constexpr (by_channel) return player.policy.key_weight(head, slot, channel);
+    return 0.f;
+  };
+  moved.key = moved.key || by_channel || sum.own_key != sum.key_divisor;
+  moved.value = moved.value || sum.own_value != sum.value_divisor;
+  moved.leaves = moved.leaves || outside(sum.own_key / sum.key_divisor);
+  float key[step], value[step], keys[step] = {}, values[step] = {}, weights[step] = {}, x[step], y[step];
+  for (int i = 0; i < n; ++i) {
+    const VictimRows<step> mine = next;
+    if (i + 1 < n) {
+      const Fold& plan = plan_of(i + 1, next.slot);
+      next.rows = SlotRows<step>::of(unit, trace, elements, next.slot, c), next.key = plan.key, next.value = plan.value;
+    }
+    widen_channels(elements, mine.rows.key, x), widen_channels(elements, mine.rows.value, y);
+    moved.key = moved.key || mine.key != 0, moved.value = moved.value || mine.value != 0;
+    moved.leaves = moved.leaves || outside(mine.key / sum.key_divisor);
+#pragma unroll
+    for (int k = 0; k < step; ++k) {
+      const float weight = by_channel && in_key ? key_weight(mine.slot, c + k) : mine.key;
+      if (in_key && (weight != 0 || by_channel)) keys[k] += weight * x[k];
+      if (in_value && mine.value != 0) values[k] += mine.value * y[k];
+      weights[k] += weight;
+    }
+  }
+  const auto store = [&](void* rows, long at, float(&row)[step]) {
+    if constexpr (!bfloat16)
+#pragma unroll
+      for (float& each : row) each = round_as(dtype, each);
+    store_channels(rows, elements, at, row);
+  };
+  widen_channels(elements, own.key, key), widen_channels(elements, own.value, value);
+  if (in_key && moved.key) {
+    if constexpr (by_channel) {
+#pragma unroll
+      for (int k = 0; k < step; ++k) {
+        const float own_weight = key_weight(target, c + k), divisor = own_weight + weights[k];
+        if (!isfinite(divisor) || divisor <= 0)
+          player.fail(UnitError::bad_divisor, target);
+        else
+          key[k] = (own_weight * key[k] + keys[k]) / divisor;
+      }
+    } else if (!isfinite(sum.key_divisor) || sum.key_divisor == 0) {
+      player.fail(UnitError::bad_divisor, target);
+    } else {
+#pragma unroll
+      for (int k = 0; k < step; ++k) key[k] = sum.own_key * key[k] + keys[k];
+      Quotients(sum.key_divisor).divide(key);
+    }
+    store(unit.keys, static_cast<long>(target) * trace.key_dim + c, key);
+  }
+  if (!in_value || !moved.value) return;
+  if (!isfinite(sum.value_divisor) || sum.value_divisor == 0) {
+    player.fail(UnitError::bad_divisor, target);
+  } else {
+#pragma unroll
+    for (int k = 0; k < step; ++k) value[k] = sum.own_value * value[k] + values[k];
+    Quotients(sum.value_divisor).divide(value);
+  }
+  store(unit.values, static_cast<long>(target) * trace.value_dim + c, value);
+}
+
+/// What a target's rows leave in the books; by one thread.
+template <class Player>
+__device__ void book_rows(Player& player, int target, const FoldTarget& sum, const RowsMoved& moved) {
+  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
+  if (moved.key && !player.absolute()) player.unit.rotated_at[target] = -1;
+  if (!by_channel && moved.key && moved.leaves) count(player.progress.weights_outside);
+  const bool balanced = std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor);
+  if (moved.value && !balanced) count(player.progress.unbalanced);
+}
+
+/// Writes a target's key and value, `step` channels at a time by each of `lanes` neighbouring threads.
 template <int step, bool bfloat16 = false, class Player, class Head, class Plan>
 __device__ void write_rows(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
                            int lanes) {
-  const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements(),
-              dtype = bfloat16 ? Dtype::bfloat16 : player.dtype();
-  const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
-  const int lane = static_cast<int>(threadIdx.x) % lanes, dk = trace.key_dim, dv = trace.value_dim;
-  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
-  const auto key_weight = [&](int slot, int c) {
-    if constexpr (by_channel) return player.policy.key_weight(head, slot, c);
-    return 0.f;
-  };
-  const auto store = [&](void* rows, long at, float(&row)[step], const float(&added)[step], auto own_of,
-                         auto divisor_of) {
-#pragma unroll
-    for (int k = 0; k < step; ++k) {
-      const float divisor = divisor_of(k);
-      if (!isfinite(divisor) || divisor == 0 || (by_channel && divisor < 0))
-        player.fail(UnitError::bad_divisor, target);
-      else
-        row[k] = round_as(dtype, (own_of(k) * row[k] + added[k]) / divisor);
-    }
-    store_channels(rows, elements, at, row);
-  };
-  // Without weight from any victim a row is what it was, unless on_target scales it.
-  bool key_moves = by_channel, value_moves = false, leaves = false;
-  for (int c = step * lane; c < max(dk, dv); c += step * lanes) {
-    const bool in_key = c < dk, in_value = c < dv;
-    struct Rows {
-      decltype(read_channels<step>(nullptr, elements, 0)) key, value;
-    };
-    const auto read = [&](int slot) {  // what is beyond a row's end, from its beginning
-      return Rows{read_channels<step>(unit.keys, elements, static_cast<long>(slot) * dk + (in_key ? c : 0)),
-                  read_channels<step>(unit.values, elements, static_cast<long>(slot) * dv + (in_value ? c : 0))};
-    };
+  const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements();
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  RowsMoved moved;
+  for (int c = step * lane; c < max(trace.key_dim, trace.value_dim); c += step * lanes) {
     int victim;
-    plan_of(0, victim);
-    const Rows own = read(target);
-    Rows next = read(victim);
-    key_moves = key_moves || sum.own_key != sum.key_divisor,
-    value_moves = value_moves || sum.own_value != sum.value_divisor;
-    leaves = leaves || outside(sum.own_key / sum.key_divisor);
-    float key[step], value[step], keys[step] = {}, values[step] = {}, weights[step] = {}, x[step], y[step];
-    for (int i = 0; i < n; ++i) {
-      const Rows mine = next;
-      const Fold& plan = plan_of(i, victim);
-      if (int after; i + 1 < n) plan_of(i + 1, after), next = read(after);
-      widen_channels(elements, mine.key, x), widen_channels(elements, mine.value, y);
-      key_moves = key_moves || plan.key != 0, value_moves = value_moves || plan.value != 0;
-      leaves = leaves || outside(plan.key / sum.key_divisor);
-#pragma unroll
-      for (int k = 0; k < step; ++k) {
-        const float weight = by_channel && in_key ? key_weight(victim, c + k) : plan.key;
-        if (in_key && (weight != 0 || by_channel)) keys[k] += weight * x[k];
-        if (in_value && plan.value != 0) values[k] += plan.value * y[k];
-        weights[k] += weight;
-      }
-    }
-    widen_channels(elements, own.key, key), widen_channels(elements, own.value, value);
-    if (in_key && key_moves)
-      store(
-          unit.keys, static_cast<long>(target) * dk + c, key, keys,
-          [&](int k) { return by_channel ? key_weight(target, c + k) : sum.own_key; },
-          [&](int k) { return by_channel ? key_weight(target, c + k) + weights[k] : sum.key_divisor; });
-    if (in_value && value_moves)
-      store(
-          unit.values, static_cast<long>(target) * dv + c, value, values, [&](int) { return sum.own_value; },
-          [&](int) { return sum.value_divisor; });
+    const Fold& plan = plan_of(0, victim);
+    const auto rows_of = [&](int slot) { return SlotRows<step>::of(player.unit, trace, elements, slot, c); };
+    const SlotRows<step> own = rows_of(target);  // before it is known whether they move
+    write_channels<step, bfloat16>(player, head, target, n, sum, plan_of, c, own,
+                                   {victim, rows_of(victim), plan.key, plan.value}, moved);
   }
-  if (lane != 0) return;
-  if (key_moves && !player.absolute()) unit.rotated_at[target] = -1;
-  if (!by_channel && key_moves && leaves) count(player.progress.weights_outside);
-  const bool balanced = std::abs(sum.own_value + sum.value - sum.value_divisor) <= 1e-5f * std::abs(sum.value_divisor);
-  if (value_moves && !balanced) count(player.progress.unbalanced);
+  if (lane == 0) book_rows(player, target, sum, moved);
 }
 
 template <class Player, class Head, class Plan>
@@ -167,6 +239,70 @@ __device__ void write_target(Player& player, Head& head, int target, int n, cons
       return write_rows<8>(player, head, target, n, sum, plan_of, lanes);
     }
   write_rows<1>(player, head, target, n, sum, plan_of, lanes);
+}
+
+/// A target of many: its slot, how many victims join it, the number that its sums go by, where its list of victims begins and
+/// the first of them.
+struct TargetTurn {
+  int slot, victims, number, begin, first;
+};
+
+/// Writes the rows of `count` targets, by groups of neighbouring lanes, each of which looks up one of its group's next targets:
+/// turn_of(i). plan_at(list's begin, first victim) gives plan_of.
+template <class Player, class Head, class TurnOf, class PlanAt>
+__device__ void write_targets(Player& player, Head& head, int count, TurnOf turn_of, PlanAt plan_at) {
+  constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
+  const Unit& unit = player.unit;
+  const int lanes = lanes_of_target<by_channel>(player), groups = team_threads / lanes;
+  const int group = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+  const bool plain =  // the next target's rows are read while those of one are written
+      lanes == 16 && player.elements() == Dtype::bfloat16 && player.dtype() == Dtype::bfloat16;
+  for (int begin = 0; begin < count; begin += team_threads) {
+    const TargetTurn mine = turn_of(min(begin + lane * groups + group, count - 1));
+    const auto turn = [&](int j) {
+      const int from = static_cast<int>(threadIdx.x % 32) - lane + min(j, lanes - 1);
+      const auto of = [&](int x) { return __shfl_sync(~0u, x, from); };
+      return TargetTurn{of(mine.slot), of(mine.victims), of(mine.number), of(mine.begin), of(mine.first)};
+    };
+    const auto is_there = [&](int j) { return begin + j * groups + group < count; };
+    const int turns = min(lanes, (count - begin + groups - 1) / groups);
+    if constexpr (!by_channel)
+      if (plain) {
+        struct Target {
+          SlotRows<8> own;
+          VictimRows<8> first;
+          FoldTarget sum;
+        };
+        const auto read = [&](const TargetTurn& t) {
+          const auto rows_of = [&](int slot) {
+            return SlotRows<8>::of(unit, player.trace, Dtype::bfloat16, slot, 8 * lane);
+          };
+          const Fold& plan = unit.plans[t.first];
+          return Target{rows_of(t.slot), {t.first, rows_of(t.first), plan.key, plan.value}, unit.targets[t.number]};
+        };
+        TargetTurn next = turn(0);
+        Target coming = read(next);
+#pragma unroll 1
+        for (int j = 0; j < turns; ++j) {
+          const TargetTurn now = next;
+          const Target target = coming;
+          next = turn(j + 1), coming = read(next);
+          if (!is_there(j)) continue;
+          RowsMoved moved;
+          write_channels<8, true>(player, head, now.slot, now.victims, target.sum, plan_at(now.begin, now.first),
+                                  8 * lane, target.own, target.first, moved);
+          if (lane == 0) book_rows(player, now.slot, target.sum, moved);
+        }
+        continue;
+      }
+    for (int j = 0; j < turns; ++j) {
+      const TargetTurn now = turn(j);
+      if (is_there(j))
+        write_target(player, head, now.slot, now.victims, unit.targets[now.number], plan_at(now.begin, now.first),
+                     lanes);
+    }
+  }
+  __syncthreads();
 }
 
 }  // namespace detail

@@ -50,7 +50,7 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    bytes += stream_warps * (ring_bytes + group * stream_pitch(width) * 4) +
+    bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
              (4 + 2 * stream_heads) * query_pitch(width) * 2 + 32 * 16 +  // the probe's parts, queries, lanes
              input_buffers * (2 * width * 2 + group * value_dim * 4);     // keys and values, full outputs
   }

@@ -57,14 +57,12 @@ class StepRow : protected StepLook<P, width> {
       for (int token = args_.first; token < min(args_.first + fetched_ahead, args_.last); ++token) fetch(token);
     close_copies();
     await_copies<0>();
-    if (may_part && !streams_now()) free_parts();
     __syncthreads();
   }
   /// After the last step: takes out what is under way.
   __device__ void end() {
     await_copies<0>();
     if (streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
-    if (may_part && streams_now()) await_parts();
     __syncthreads();
     measure_row();
   }
@@ -93,7 +91,7 @@ class StepRow : protected StepLook<P, width> {
                  stream_tile());
       stream(now, next);
     } else {
-      if constexpr (plain && !may_part) measure_and_free();
+      if constexpr (plain && !may_part) measure_row<false>();
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
       attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
       if constexpr (may_part)
@@ -124,7 +122,6 @@ class StepRow : protected StepLook<P, width> {
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
         stream.run(p_.ring, next);
-        await_parts();
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -170,45 +167,25 @@ class StepRow : protected StepLook<P, width> {
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
-  /// Outputs were made of the parts that the last row left: said by warps that serve, awaited by those that stream.
-  __device__ void free_parts() const { named_arrive(parts_are_free, team_threads); }
-  __device__ void await_parts() const { named_wait(parts_are_free, team_threads); }
-
-  /// measure_row() of plain rows, which tells the warps that stream as soon as outputs are made of what they left.
-  __device__ __forceinline__ void measure_and_free() {
-    constexpr int serving_warps = serving_threads / 32;
-    const int first = p_.warp - stream_warps, group = p_.trace.group;
-    const auto output_of = [&](int g) __attribute__((always_inline)) {
-      return attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row);
-    };
-    const auto full_output = [&](int g) { return inputs().full_output(measured_token_, g, measured_); };
-    float4 output{}, other{};
-    if (measured_ >= 0 && first < group) output = output_of(first);
-    static_assert(stream_heads <= 2 * serving_warps);
-    if (measured_ >= 0 && first + serving_warps < group) other = output_of(first + serving_warps);
-    free_parts();
-    if (measured_ < 0) return;
-    if (first < group) measure_lanes(p_.fixed, first, measured_, measured_token_, output, full_output(first));
-    if (first + serving_warps < group)
-      measure_lanes_apart(p_.fixed, first + serving_warps, measured_, measured_token_, other,
-                          full_output(first + serving_warps));
-  }
-
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
-  /// warps that do not stream. Plain rows leave parts of them, which may change afterwards.
+  /// warps that do not stream. Of plain rows parts are left, which the next row leaves alone. `apart`: where that is seldom done.
+  template <bool apart = true>
   __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
-    const int group = p_.trace.group;
 #pragma unroll 1
-    for (int g = p_.warp - stream_warps; g < group; g += team_warps - stream_warps) {
+    for (int g = p_.warp - stream_warps; g < p_.trace.group; g += team_warps - stream_warps) {
       const float* const full_output = inputs().full_output(measured_token_, g, measured_);
-      if constexpr (plain)
-        measure_lanes_apart(p_.fixed, g, measured_, measured_token_,
-                            attention().output_of(g, weights_, p_.fixed.look, inputs().value(measured_token_), p_.row),
-                            full_output);
-      else
+      if constexpr (!plain) {
         measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim, full_output,
                      static_cast<double>(p_.row.log_sum[g]));
+      } else {
+        const float4 output =
+            attention().output_of(g, weights_, p_.fixed.look, measured_token_, inputs().value(measured_token_), p_.row);
+        if constexpr (apart)
+          measure_lanes_apart(p_.fixed, g, measured_, measured_token_, output, full_output);
+        else
+          measure_lanes(p_.fixed, g, measured_, measured_token_, output, full_output);
+      }
     }
   }
   /// measure_row() now, before something else attends. Gives a barrier when it has to.
@@ -242,8 +219,8 @@ class StepRow : protected StepLook<P, width> {
     own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
   }
 
-  // Named barriers, by constants: racecheck loses count of those whose number is in a register.
-  static constexpr int parts_are_free = 1, serving = 2;
+  // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
+  static constexpr int serving = 1;
   static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
   const bool prepares_;                      // every step does

@@ -148,7 +148,7 @@ class Steps : StepRow<P, width, tile> {
   }
   /// What the warps that do not stream do after a step's row, where they may part from the others.
   __device__ __forceinline__ void look_back(int token) {
-    this->measure_and_free();
+    this->template measure_row<false>();
     measured_ = -1;
     serve(token);
   }

@@ -109,8 +109,8 @@ class Stream : TileRing {
       for (int e = 0; e < 2; ++e)
         if (head() + e < group) memory_.parts[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
     constexpr unsigned pitch = stream_pitch(width) * 4;
-    const unsigned to = shared_address(memory_.partial) + static_cast<unsigned>(warp_ * group) * pitch +
-                        static_cast<unsigned>(row()) * 4;
+    const unsigned to = shared_address(memory_.partial_of(now_.query_token, group, width)) +
+                        static_cast<unsigned>(warp_ * group) * pitch + static_cast<unsigned>(row()) * 4;
     if (!both_at_once_) {
 #pragma unroll
       for (int b = 0; b < channel_blocks; ++b) store_block(to, head(), group, b, output_[b]);

@@ -63,9 +63,14 @@ struct StreamMemory {
   uint64_t landed[stream_warps * 2];  // barriers of a warp: of its keys, its values
   // One of each warp that streams, the newest slot's, the sink's.
   alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];
-  float* partial;   // [stream_warps][group][stream_pitch]
+  // [2][stream_warps][group][stream_pitch], of tokens in turn: outputs may be made of one's while the next one is streamed.
+  float* partial;
   uint4* lanes;     // [32] where each lane's part lies: of queries, of a tile of keys, of one of values
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
+
+  __device__ float* partial_of(int token, int group, int width) const {
+    return partial + (token & 1) * stream_warps * group * stream_pitch(width);
+  }
 };
 
 /// How a policy's vector goes along with a stream, as three rows (24 bits of it): not, in the places of queries that the group

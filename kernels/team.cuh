@@ -1,22 +1,22 @@
-// Who works on a head and on a row in kernels: a thread block and a warp. Same results, to the bit, as HostTeam and
-// RowTeam of policies/views.hpp.
+// Who works on a head in kernels: a thread block. Same results, to the bit, as HostTeam of policies/teams.hpp.
 #pragma once
 #include <cmath>
 
 #include "kernels/elements.cuh"
+#include "kernels/warp_rows.cuh"
 
 namespace kv {
 
 /// Shared memory of a team: one per thread block.
 struct TeamMemory {
-  float partial[team_threads];
+  alignas(16) float partial[team_threads];
   int warp_sums[team_warps + 1];
   unsigned long long best[team_warps];
   struct alignas(16) Least {
     unsigned long long key;
     int slot;
   } least[3][team_warps];
-  int counts[256];
+  alignas(16) int counts[256];
   int flag, number;
 };
 
@@ -51,13 +51,36 @@ struct BlockTeam {
   /// The same by some of the threads, of which this is the `thread`-th of so many.
   template <int ahead = 4, class Read, class F>
   __device__ static void for_each_read_by(int thread, int threads, int n, Read read, F f) {
-    read_ahead<ahead>(
-        thread, threads, n, read, 0, [](auto&, int, int) {}, f);
+    for (int first = thread; first < n; first += ahead * threads) {
+      decltype(read(0)) mine[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) mine[k] = read(min(first + k * threads, n - 1));
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (first + k * threads < n) f(first + k * threads, mine[k]);
+    }
   }
-  /// The same after add(what was read, i, term) for every term < terms, `ahead` indices at a time.
-  template <int ahead = 8, class Read, class Add, class F>
-  __device__ void for_each_read(int n, Read read, int terms, Add add, F f) const {
-    read_ahead<ahead>(static_cast<int>(threadIdx.x), team_threads, n, read, terms, add, f);
+  /// The same after add(what was read, term(i, t)) for every t < terms, `ahead` indices at a time.
+  template <int ahead = 8, class Read, class Term, class Add, class F>
+  __device__ void for_each_read(int n, Read read, int terms, Term term, Add add, F f) const {
+    for (int begin = 0; begin < n; begin += ahead * team_threads) {
+      const auto index = [&](int k) { return begin + k * team_threads + static_cast<int>(threadIdx.x); };
+      decltype(read(0)) mine[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) mine[k] = read(min(index(k), n - 1));
+#pragma unroll 1
+      for (int t = 0; t < terms; ++t) {
+        decltype(term(0, 0)) theirs[ahead];
+#pragma unroll
+        for (int k = 0; k < ahead; ++k) theirs[k] = term(min(index(k), n - 1), t);
+        __syncwarp();  // or the compiler puts every load off to its use
+#pragma unroll
+        for (int k = 0; k < ahead; ++k) add(mine[k], theirs[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < ahead; ++k)
+        if (index(k) < n) f(index(k), mine[k]);
+    }
   }
 
   /// As HostTeam::sum, in the same order of additions.
@@ -90,6 +113,32 @@ struct BlockTeam {
         return add_eights(head, eights, weight, sum, dim);
       }
     add_eights(head, row, weight, sum, dim);
+  }
+
+  /// As HostTeam::distances, in the same order of additions. Needs a barrier before; one must follow.
+  template <class Head, class RowOf, class Weight, class F>
+  __device__ void distances(const Head& head, RowOf row, Weight weight, const float* vector, bool absolute, F f) const {
+    const int size = head.size(), dim = row(0).dim;
+    const auto term = [&](float x, float w, float v) {
+      const float difference = w * x - v;
+      return absolute ? std::abs(difference) : difference * difference;
+    };
+    const auto tell = [&](int slot, float sum) { f(slot, absolute ? sum : std::sqrt(sum)); };
+    if constexpr (requires { row(0).in_eights(); })
+      if (row(0).in_eights() && dim <= 128) {
+        const auto eights = [&](int slot) { return row(slot).eights(); };
+        return distances_of_eights(size, dim, eights, weight, vector, term, tell);
+      }
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for (int slot = static_cast<int>(threadIdx.x / 32); slot < size; slot += team_warps) {
+      const auto mine = row(slot);
+      const float w = weight(slot);
+      float chunk = 0;
+      for (int first = 8 * lane; first < dim; first += 8 * 32)
+        for (int c = first; c < min(first + 8, dim); ++c) chunk += term(mine[c], w, vector[c]);
+      chunk = sum_of_lanes(chunk, dim, 32);
+      if (lane == 0) tell(slot, chunk);
+    }
   }
 
   /// As HostTeam::max.
@@ -225,24 +274,6 @@ struct BlockTeam {
   }
 
  private:
-  /// Both forms of for_each_read, by some of the threads.
-  template <int ahead, class Read, class Add, class F>
-  __device__ static void read_ahead(int thread, int threads, int n, Read read, int terms, Add add, F f) {
-    for (int first = thread; first < n; first += ahead * threads) {
-      const auto index = [&](int k) { return min(first + k * threads, n - 1); };
-      decltype(read(0)) mine[ahead];
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) mine[k] = read(index(k));
-#pragma unroll 4
-      for (int term = 0; term < terms; ++term)
-#pragma unroll
-        for (int k = 0; k < ahead; ++k) add(mine[k], index(k), term);
-#pragma unroll
-      for (int k = 0; k < ahead; ++k)
-        if (first + k * threads < n) f(first + k * threads, mine[k]);
-    }
-  }
-
   /// add_rows of 128 channels at a time: 16 threads a part, 8 channels a thread.
   template <class Head, class EightsOf, class Weight>
   __device__ void add_eights(const Head& head, EightsOf row, Weight weight, float* sum, int dim) const {
@@ -286,6 +317,42 @@ struct BlockTeam {
     __syncthreads();
   }
 
+  /// distances() of up to 128 channels: 16 threads a row, 8 channels a thread.
+  template <class EightsOf, class Weight, class Term, class Tell>
+  __device__ void distances_of_eights(int size, int dim, EightsOf row, Weight weight, const float* vector, Term term,
+                                      Tell tell) const {
+    constexpr int lanes = 16, rows_beside = team_threads / lanes, ahead = 8;
+    const int lane = static_cast<int>(threadIdx.x) % lanes, channel = 8 * lane;
+    const bool upper = threadIdx.x % 32 >= lanes;
+    float center[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) center[c] = channel < dim ? vector[channel + c] : 0.f;
+    for (int begin = 2 * static_cast<int>(threadIdx.x / 32); begin < size; begin += ahead * rows_beside) {
+      const auto slot = [&](int k) { return begin + (upper ? 1 : 0) + k * rows_beside; };
+      struct Weighted {
+        float weight, x[8];
+      } rows[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) {
+        const int mine = min(slot(k), size - 1);
+        rows[k].weight = weight(mine);
+        row(mine).eight(channel < dim ? channel : 0, rows[k].x);
+      }
+      __syncwarp();   // or the compiler puts every load off to its use
+      float sum = 0;  // of the row that this lane tells of
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) {
+        float chunk = 0;
+        if (channel < dim)
+#pragma unroll
+          for (int c = 0; c < 8; ++c) chunk += term(rows[k].x[c], rows[k].weight, center[c]);
+        chunk = sum_of_lanes(chunk, dim, lanes);
+        sum = lane == k ? chunk : sum;
+      }
+      if (lane < ahead && slot(lane) < size) tell(slot(lane), sum);
+    }
+  }
+
   /// How many the warps' x add up to, and in `before` those of lower warps.
   __device__ int scan_warps(int x, int& before) const {
     if (threadIdx.x % 32 == 0) memory->warp_sums[threadIdx.x / 32] = x;
@@ -298,77 +365,6 @@ struct BlockTeam {
     }
     __syncthreads();
     return total;
-  }
-};
-
-/// A warp as a row team.
-struct WarpRows {
-  template <class A, class B = DeviceRow>
-  __device__ float dot(A a, B b) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    float chunk = 0;
-    if (in_eights(a) && in_eights(b)) {
-      for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
-        float x[8], y[8];
-        load_eight(a, first, x), load_eight(b, first, y);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) chunk += x[k] * y[k];
-      }
-    } else {
-      for (int first = 8 * lane; first < a.dim; first += 8 * 32)
-        for (int k = first; k < min(first + 8, a.dim); ++k) chunk += a[k] * b[k];
-    }
-    const int chunks = (a.dim + 7) / 8;
-    for (int n = chunks < 32 ? chunks : 32; n > 1; n = (n + 1) / 2) {
-      const float other = __shfl_down_sync(~0u, chunk, static_cast<unsigned>((n + 1) / 2));
-      if (lane < n / 2) chunk += other;
-    }
-    return __shfl_sync(~0u, chunk, 0);
-  }
-  template <class A, class B = DeviceRow>
-  __device__ float cosine(A a, B b) const {
-    const float norms = std::sqrt(dot(a, a)) * std::sqrt(dot(b, b));
-    const float cosine = norms > 0 ? dot(a, b) / norms : 0.f;
-    return cosine > 1 ? 1.f : cosine < -1 ? -1.f : cosine;
-  }
-  template <class A, class B = DeviceRow>
-  __device__ float distance(A a, B b) const {
-    float sum = 0;  // every member: a sum in the order of channels has no parallel form
-    for (int c = 0; c < a.dim; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
-    return std::sqrt(sum);
-  }
-  template <class A>
-  __device__ void add(float* vector, float weight, A row) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    if (in_eights(row) && reinterpret_cast<std::size_t>(vector) % 16 == 0) {
-      for (int first = 8 * lane; first < row.dim; first += 8 * 32) {
-        float x[8];
-        load_eight(row, first, x);
-        float4* const four = reinterpret_cast<float4*>(vector + first);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float4 sum = four[i];
-          sum.x += weight * x[4 * i], sum.y += weight * x[4 * i + 1];
-          sum.z += weight * x[4 * i + 2], sum.w += weight * x[4 * i + 3];
-          four[i] = sum;
-        }
-      }
-    } else {
-      for (int c = lane; c < row.dim; c += 32) vector[c] += weight * row[c];
-    }
-    __syncwarp();
-  }
-
- private:
-  /// Whether a row can be read eight channels at a time; and eight of one that can.
-  template <class A>
-  __device__ static bool in_eights(const A& row) {
-    if constexpr (requires { row.in_eights(); }) return row.in_eights();
-    return false;
-  }
-  template <class A>
-  __device__ static void load_eight(const A& row, int first, float (&x)[8]) {
-    if constexpr (requires { row.in_eights(); }) row.load_eight(first, x);
   }
 };
 

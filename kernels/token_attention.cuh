@@ -37,7 +37,7 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
     row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
     row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
-    row.stream.partial = reinterpret_cast<float*>(take(stream_warps * group * stream_pitch(width) * 4));
+    row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
     row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
@@ -234,10 +234,11 @@ struct TokenAttention {
     return whole.sum > 0 ? (whole.most + log2f(whole.sum)) * ln_2 : -INFINITY;
   }
 
-  /// Four neighbouring channels a lane of head g's output, from what the warps left; by one warp. Zeros beyond the last.
-  __device__ float4 output_of(int g, const Weights& weights, const RowLook& look, const void* newest_value,
+  /// Four neighbouring channels a lane of head g's output, from what the warps left of a token's row; by one warp. Zeros beyond
+  /// the last.
+  __device__ float4 output_of(int g, const Weights& weights, const RowLook& look, int token, const void* newest_value,
                               const RowMemory& memory) const {
-    const int dv = look.value_dim, pitch = stream_pitch(stream_width(look.key_dim, dv)),
+    const int dv = look.value_dim, width = stream_width(look.key_dim, dv), pitch = stream_pitch(width),
               first_lane = g % heads_at_once * softmax_parts, c = 4 * static_cast<int>(threadIdx.x % 32);
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
@@ -250,10 +251,11 @@ struct TokenAttention {
       for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
     };
     if (c < dv) {
+      const float* const partial = memory.stream.partial_of(token, look.group, width);
       float4 part[stream_warps];
 #pragma unroll
       for (int w = 0; w < stream_warps; ++w)
-        part[w] = *reinterpret_cast<const float4*>(memory.stream.partial + (w * look.group + g) * pitch + c);
+        part[w] = *reinterpret_cast<const float4*>(partial + (w * look.group + g) * pitch + c);
       const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
 #pragma unroll
       for (int w = 0; w < stream_warps; ++w) add(weight[w], {part[w].x, part[w].y, part[w].z, part[w].w});
@@ -272,7 +274,7 @@ struct TokenAttention {
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
-      const float4 output = output_of(g, weights, look, now.newest_value, memory);
+      const float4 output = output_of(g, weights, look, now.query_token, now.newest_value, memory);
       if (4 * lane < look.value_dim) *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
     }
   }

@@ -37,7 +37,8 @@ struct AdjacentLinks : Policy {
   KV_HD void on_probe(auto team, auto& head) const {
     const int heads = head.info().group;
     team.for_each_read(
-        head.size(), [](int) { return 0.f; }, heads, [&](float& sum, int s, int g) { sum += head.seen(s)[g]; },
+        head.size(), [](int) { return 0.f; }, heads, [&](int s, int g) { return head.seen(s)[g]; },
+        [](float& sum, float seen) { sum += seen; },
         [&](int s, float sum) { head.scratch(s).mass = sum / static_cast<float>(heads); });
     team.sync();
   }
@@ -55,18 +56,18 @@ struct AdjacentLinks : Policy {
             .value = static_cast<float>(head.multiplicity(victim)),
             .own_value = static_cast<float>(head.multiplicity(to))};
   }
-  /// L1 or L2 norm of entry(channel, the rows' values).
-  static KV_HD float norm(bool l1, auto entry, auto row, auto... others) {
-    float absolute = 0, squares = 0;
+  /// Norm of entry(channel, the rows' values).
+  static KV_HD float norm(auto entry, auto row, auto... others) {
+    float squares = 0;
     const auto add = [&](int first, int count, const auto&... values) {
       for (int k = 0; k < 8; ++k)
         if (k < count) {
           const float x = entry(first + k, values[k]...);
-          absolute += std::abs(x), squares += x * x;
+          squares += x * x;
         }
     };
     row.each_eight(add, others...);
-    return l1 ? absolute : std::sqrt(squares);
+    return std::sqrt(squares);
   }
   /// A clipped slot counts as fewer tokens than its value sums.
   KV_HD void on_target(auto&, int, FoldTarget& sum) const {

@@ -37,16 +37,14 @@ struct KVSlimmer : kv::AdjacentLinks {
     const float total = team.sum(head.size(), [&](int place) { return mass(head.at(place)); }) + 1e-21f;
     team.for_each_read(head.size(), mass, [&](int s, float mine) { head.scratch(s).alpha = mine / total; });
     team.sync();
+    const auto value = [&](int s) { return head.value(s); };
+    const auto times = [&](int s) { return scale(head, s); };
     float* o = head.value_vector();  // sum alpha v
     team.add_rows(
-        head, [&](int s) { return head.value(s); }, [&](int s) { return head.scratch(s).alpha * scale(head, s); }, o,
-        head.info().value_dim);
+        head, value, [&](int s) { return head.scratch(s).alpha * times(s); }, o, head.info().value_dim);
     team.sync();
     const float share = 1 / static_cast<float>(head.block());  // of this block, by its number
-    team.for_each(head.size(), [&](int s) {
-      const float times = scale(head, s);
-      const float deviation = norm(
-          rule == Rule::released, [&](int c, float v) { return v * times - o[c]; }, head.value(s));
+    team.distances(head, value, times, o, rule == Rule::released, [&](int s, float deviation) {
       const float alpha = head.scratch(s).alpha, h = alpha * (1 - 2 * alpha) * deviation, old = head.state(s).h;
       const float raw = rule == Rule::released ? h : std::abs(h);
       head.state(s).h = smoothing && old == old ? share * raw + (1 - share) * old : raw;
@@ -63,7 +61,7 @@ struct KVSlimmer : kv::AdjacentLinks {
     const auto deviation = [](float a, float h) { return h / (a * (1 - 2 * a) + 1e-21f); };
     const float h12 = a1 * a2 *
                       (rule == Rule::released ? deviation(a1, h1) + deviation(a2, h2)
-                                              : norm(false, both, head.value(plan.target), head.value(victim)));
+                                              : norm(both, head.value(plan.target), head.value(victim)));
     plan.own_key = h1 - h12, plan.key = h2 - h12, plan.note = h12 / h1;
     if (guard == Guard::none) return plan;
     const float sum = plan.own_key + plan.key, a = std::abs(sum) <= 1e-21f ? 0.5f : plan.own_key / sum;

@@ -44,7 +44,7 @@
 
 #include "core/policy.hpp"
 #include "core/random.hpp"
-#include "policies/views.hpp"
+#include "policies/teams.hpp"
 
 namespace kv {
 

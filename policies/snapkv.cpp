@@ -32,20 +32,23 @@ struct SnapKV : kv::Policy {
   KV_HD void on_compress(auto team, auto& head) const {
     const bool voting = head.phase() == kv::Phase::prompt || head.compressions() == 0;
     const int prefix = voting ? places_before(head, head.now() - window + 1) : 0, heads = head.info().group;
+    const auto add = [](Votes& votes, float vote) { votes.add(vote); };
     const auto give = [&](int s, float vote) { head.state(s).vote = head.score(s) = vote; };
     if (order == Order::group_then_pool) {
       team.for_each_read(
           prefix > 0 ? head.size() : 0, [&](int s) { return Votes{head.place(s)}; }, heads,
-          [&](Votes& votes, int s, int g) { votes.add(head.seen(s)[g]); },
+          [&](int s, int g) { return head.seen(s)[g]; }, add,
           [&](int, const Votes& votes) { head.scratch(votes.at).vote = votes.reduced(group, heads); });
       team.sync();
       team.for_each_read(
           prefix, [&](int place) { return Votes{head.at(place)}; }, kernel,
-          [&](Votes& votes, int place, int k) {
+          [&](int place, int k) {
             const int voter = place + k - kernel / 2;
-            votes.add(voter >= 0 && voter < prefix ? head.scratch(voter).vote : 0.f);
+            const bool votes = voter >= 0 && voter < prefix;
+            const float vote = head.scratch(votes ? voter : place).vote;
+            return votes ? vote : 0.f;
           },
-          [&](int, const Votes& votes) { give(votes.at, votes.reduced(pool, kernel)); });
+          add, [&](int, const Votes& votes) { give(votes.at, votes.reduced(pool, kernel)); });
     } else {
       team.for_each(prefix, [&](int place) { give(head.at(place), pooled_then_grouped(head, place, prefix)); });
     }
