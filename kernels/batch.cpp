@@ -57,6 +57,7 @@ Launch Batch::stage(Stage what, const BlockRange& block) const {
   launch.unit_count = static_cast<int>(units_.size());
   launch.stage = what, launch.phase = block.phase;
   launch.first = block.first, launch.last = block.last, launch.block = block.index;
+  launch.probes = plan_.traits.key_probe;
   launch.tasks = tasks_.data(), launch.timed = timing_ == Timing::phases, launch.meeting = meeting_.data();
   return launch;
 }

@@ -170,7 +170,8 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
 
   const TraceData& t = trace_.data;
   const bool streamed = streams(t.elements, t.key_dim, t.value_dim, t.group);
-  row_bytes_ = static_cast<std::size_t>(row_memory_bytes(streamed, t.key_dim, t.value_dim, t.group));
+  row_bytes_ =
+      static_cast<std::size_t>(row_memory_bytes(streamed, t.key_dim, t.value_dim, t.group, plan_.traits.key_probe));
   int device = 0, per_multiprocessor = 0, per_block = 0;
   KV_CUDA_TRY(cudaGetDevice(&device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));

@@ -89,18 +89,19 @@ __device__ inline float round_as(Dtype dtype, float x) {
                                    : x;
 }
 
-/// A row that can be read eight elements at a time, whatever else it may be.
-struct EightsOfRow {
-  const void* data;
-  Dtype elements;
-  __device__ void eight(int first, float (&x)[8]) const { load_eight(data, elements, first, x); }
-};
-
 /// Eight elements of a row, read but not widened yet.
 struct EightWords {
   uint4 words;
   Dtype elements;
   __device__ void eight(int, float (&x)[8]) const { widen_eight(elements, words, x); }
+};
+
+/// A row that can be read eight elements at a time, whatever else it may be.
+struct EightsOfRow {
+  const void* data;
+  Dtype elements;
+  __device__ void eight(int first, float (&x)[8]) const { load_eight(data, elements, first, x); }
+  __device__ EightWords words(int first) const { return {eight_words(data, first), elements}; }
 };
 
 /// A row whose next elements are on their way while those before are looked at; beyond its end the last ones again.

@@ -84,6 +84,10 @@ struct Quotients {
   __device__ explicit Quotients(float d) : divisor(d), reciprocal(1 / d) {}
   template <int step>
   __device__ void divide(float (&x)[step]) const {
+    if constexpr (step == 1) {
+      x[0] /= divisor;
+      return;
+    }
     float smallest = std::abs(divisor), largest = smallest;
 #pragma unroll
     for (const float each : x) smallest = fminf(smallest, std::abs(each)), largest = fmaxf(largest, std::abs(each));

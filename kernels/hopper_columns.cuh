@@ -313,9 +313,10 @@ __global__ __launch_bounds__(HopperColumns::threads,
   const ColumnBarriers barriers{shared_address(barrier_memory)};
   if (threadIdx.x == 0) {
     for (int b = 0; b < Layout::stages; ++b)
-      barrier_init(barriers.full(b), 32), barrier_init(barriers.free(b), 4 * Layout::groups);
+      barrier_init(barriers.full(b), 32), barrier_init(barriers.free(b), 128 * Layout::groups);
     for (int g = 0; g < Layout::groups; ++g)
-      for (int b = 0; b < 2; ++b) barrier_init(barriers.keys_full(g, b), 32), barrier_init(barriers.keys_free(g, b), 4);
+      for (int b = 0; b < 2; ++b)
+        barrier_init(barriers.keys_full(g, b), 32), barrier_init(barriers.keys_free(g, b), 128);
     barriers_ready();
   }
   __syncthreads();

@@ -361,10 +361,10 @@ __global__ __launch_bounds__(HopperRows<valued>::threads,
   const HopperRowMemory<valued> memory{shared, shared_address(shared), shared_address(barriers)};
   if (threadIdx.x == 0) {
     for (int b = 0; b < Layout::buffers; ++b)
-      barrier_init(memory.full(b), 32), barrier_init(memory.free(b), 4 * Layout::groups);
+      barrier_init(memory.full(b), 32), barrier_init(memory.free(b), 128 * Layout::groups);
     for (int g = 0; g < Layout::groups; ++g)
       for (int r = 0; r < Layout::known_runs; ++r)
-        barrier_init(memory.run_full(g, r), 32), barrier_init(memory.run_free(g, r), 4);
+        barrier_init(memory.run_full(g, r), 32), barrier_init(memory.run_free(g, r), 128);
     barriers_ready();
   }
   __syncthreads();

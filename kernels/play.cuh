@@ -29,9 +29,10 @@ struct Fixed {
   Fold plan;      // of the one victim of a step
   void* home[8];  // where StepRecords gives arrays back to; null for those that stayed or need not
   float* home_vector;
-  float* logits;    // [group][logit_stride] of the latest row
+  float* logits;    // [group][logit_stride] of the latest row, where anybody asks for them
   long long clock;  // when the phase under way began
   int logit_stride;
+  bool keeps_logits;
   bool streamed;  // rows of this shape go over tensor cores
   int tile;       // slots of a tile of their streams
 };
@@ -205,7 +206,7 @@ struct Play {
       look.scale = trace.scale, look.softcap = trace.softcap, look.bias = bias, look.token = unit.token;
       look.newest_key = newest_key, look.window = layer.window;
       look.masked = layer.window > 0 || newest_key < now || token < now;
-      look.logits = fixed.logits, look.logit_stride = fixed.logit_stride;
+      look.logits = fixed.keeps_logits ? fixed.logits : nullptr, look.logit_stride = fixed.logit_stride;
       look.kept_tiles = settings.kept_tiles;
       look.probe_vector = probe ? unit.vector : nullptr, look.probe = probe;
     }
@@ -236,7 +237,7 @@ struct Play {
                       play.at(look.values, slots, look.value_dim),
                       play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
-    stage_queries(look, queries, play.row.queries[play.now & 1]);
+    stage_queries(look, queries, play.row.queries[play.now & 1], play.row.query_rows);
     play.attention().streamed<width, tile>(look, mine, play.row, play.ring);
   }
   template <int width = 0, int tile = 0>

@@ -38,10 +38,12 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       policy[i] = reinterpret_cast<const unsigned char*>(points + unit->point)[i];
     if (threadIdx.x == 0) {
       fixed.trace = launch.trace, fixed.settings = launch.settings;
-      carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group, launch.ring_bytes);
+      carve_row(fixed.row, memory, streamed, trace.key_dim, trace.value_dim, trace.group, launch.probes,
+                launch.ring_bytes);
       fixed.row.probabilities = unit->probabilities;
       fixed.units = launch.units, fixed.maps = &launch.maps, fixed.unit_index = u;
       fixed.logits = unit->logits, fixed.logit_stride = logit_stride(unit->capacity);
+      fixed.keeps_logits = !streamed || keeps_logits<P>(points[unit->point].traits(), launch.settings);
       fixed.streamed = streamed, fixed.tile = tile_slots(width, launch.ring_bytes);
     }
     if (streamed) begin_landings(fixed.row.stream);
@@ -51,7 +53,8 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       clear_parts(fixed.row,
                   fixed.layer.sink_logit ? fixed.layer.sink_logit + unit->info.kv_head * trace.group : nullptr,
                   trace.group);
-    const int row_bytes = row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group, launch.ring_bytes);
+    const int row_bytes =
+        row_memory_bytes(streamed, trace.key_dim, trace.value_dim, trace.group, launch.probes, launch.ring_bytes);
     const int size = play(fixed, *reinterpret_cast<const P*>(policy), memory + row_bytes);
     __syncthreads();
     if (threadIdx.x == 0) fixed.progress.size = size;

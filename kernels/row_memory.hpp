@@ -45,14 +45,22 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 /// Whether the three parts of a policy's vector find room among the queries of a group.
 constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
 
-/// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes.
-constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group, int ring_bytes = short_ring) {
+/// Rows that a token's queries take in shared memory: those of four heads serve both words of their probabilities, unless the parts
+/// of a policy's vector come along.
+constexpr int query_rows(int group, bool probes) {
+  return group > stream_heads / 2 || probes ? stream_heads : stream_heads / 2;
+}
+
+/// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes. `probes`: rows may have a policy's vector
+/// beside their queries.
+constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group, bool probes,
+                               int ring_bytes = short_ring) {
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
-             (4 + 2 * stream_heads) * query_pitch(width) * 2 + 32 * 16 +  // the probe's parts, queries, lanes
-             input_buffers * (2 * width * 2 + group * value_dim * 4);     // keys and values, full outputs
+             ((probes ? 4 : 0) + 2 * query_rows(group, probes)) * query_pitch(width) * 2 + 32 * 16 +  // and lanes
+             input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }

@@ -85,7 +85,7 @@ class StepLook : protected Stages<P, (width > 0)> {
     if (!attends) return;
     if (looks) s.look(token, 0x7fffffff, due);
     if (!s.streamed() || (s.absolute() && !s.future_mass())) return;
-    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1]);
+    stage_queries(fixed.look, p.queries_of(token), p.row.queries[token & 1], p.row.query_rows);
     __syncthreads();
   }
 

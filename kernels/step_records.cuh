@@ -13,6 +13,12 @@ KV_HD bool goes_without_places(const Traits& traits, const PlaySettings& setting
          !(detail::declares_on_merge<P> && traits.merges);
 }
 
+/// Whether anybody asks for a row's logits.
+template <class P>
+KV_HD bool keeps_logits(const Traits& traits, const PlaySettings& settings) {
+  return detail::declares_on_attention<P> || traits.observation_window > 0 || settings.mass;
+}
+
 /// Calls f(bytes of one slot, where the unit keeps the array, whether it outlives a step) for the arrays of slots that steps of
 /// this policy read, what matters most first. `unit` may be null to learn the sizes.
 template <class P, class F>
@@ -28,10 +34,10 @@ KV_HD void for_each_record(const Traits& traits, const PlaySettings& settings, U
   if (merges || detail::declares_log_bias<P>) f(4, at(&Unit::multiplicity), true);
 }
 
-/// Bytes of shared memory that the records of `slots` slots, a row's logits and the policy's key vector would take.
+/// Bytes of shared memory that the records of `slots` slots, a row's logits if anybody asks, and the policy's key vector would take.
 template <class P>
 std::size_t record_bytes(const Traits& traits, const PlaySettings& settings, int group, int key_dim, int slots) {
-  int bytes = logit_stride(slots) * group * 4 + key_dim * 4;
+  int bytes = (keeps_logits<P>(traits, settings) ? logit_stride(slots) * group * 4 : 0) + key_dim * 4;
   for_each_record<P>(traits, settings, nullptr,
                      [&](int of_slot, void**, bool) { bytes += (of_slot * slots + 15) / 16 * 16; });
   return static_cast<std::size_t>(bytes);
@@ -45,7 +51,8 @@ class StepRecords {
   __device__ StepRecords(Fixed& fixed, const Traits& traits, char* memory, int bytes, int slots)
       : fixed_(fixed), traits_(traits), memory_(memory), left_(bytes), slots_(slots) {
     char* at = memory_;
-    if (take(at, fixed.trace.group * logit_stride(slots) * 4) && threadIdx.x == 0)
+    if (keeps_logits<P>(traits, fixed.settings) && take(at, fixed.trace.group * logit_stride(slots) * 4) &&
+        threadIdx.x == 0)
       fixed.logits = reinterpret_cast<float*>(at), fixed.logit_stride = logit_stride(slots);
     if (threadIdx.x == 0) fixed.home_vector = nullptr;
     if (traits.key_probe && take(at, fixed.trace.key_dim * 4)) {

@@ -44,7 +44,7 @@ class StepRow : protected StepLook<P, width> {
 
   __device__ void begin() {
     if (streamed()) {  // beyond the group and the dimension queries stay zeros
-      const int words = stream_heads * query_pitch(Base::stream_width()) / 2;
+      const int words = p_.row.query_rows * query_pitch(Base::stream_width()) / 2;
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
     }

@@ -46,7 +46,7 @@ struct Queries {
 /// What moves from token to token: slots [0, slots) are streamed, the newest one is looked at by itself.
 struct RowNow {
   int slots, query_token;
-  // [stream_heads][query_pitch] in shared memory, zeros beyond the group and the dimension
+  // [query_rows][query_pitch] in shared memory, zeros beyond the group and the dimension
   const std::uint16_t* queries;
   const void *newest_key, *newest_value;  // rows of slot `slots`
   int changed = -1;                       // a slot whose row in memory the warp that streams it has just written, or -1
@@ -95,12 +95,12 @@ __device__ inline float logit_of(const RowLook& look, float dot) {
 
 }  // namespace detail
 
-/// Fills RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
+/// Fills `rows` rows of RowNow::queries from device memory, with zeros beyond the group and the dimension. All threads; a barrier must
 /// follow.
-__device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries) {
+__device__ inline void stage_queries(const RowLook& look, const Queries& from, std::uint16_t* queries, int rows) {
   const int width = stream_width(look.key_dim, look.value_dim), chunks = width / 8, pitch = query_pitch(width);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < stream_heads * chunks; i += team_threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < rows * chunks; i += team_threads) {
     const int head = i / chunks, chunk = i % chunks;
     uint4 words{};
     if (head < look.group && chunk * 8 < look.key_dim)

@@ -133,11 +133,11 @@ struct BlockTeam {
     for (int slot = static_cast<int>(threadIdx.x / 32); slot < size; slot += team_warps) {
       const auto mine = row(slot);
       const float w = weight(slot);
-      float chunk = 0;
+      float sum[1] = {};
       for (int first = 8 * lane; first < dim; first += 8 * 32)
-        for (int c = first; c < min(first + 8, dim); ++c) chunk += term(mine[c], w, vector[c]);
-      chunk = sum_of_lanes(chunk, dim, 32);
-      if (lane == 0) tell(slot, chunk);
+        for (int c = first; c < min(first + 8, dim); ++c) sum[0] += term(mine[c], w, vector[c]);
+      sum_over_lanes(sum, dim, 32);
+      if (lane == 0) tell(slot, sum[0]);
     }
   }
 
@@ -317,39 +317,49 @@ struct BlockTeam {
     __syncthreads();
   }
 
-  /// distances() of up to 128 channels: 16 threads a row, 8 channels a thread.
+  /// distances() of up to 128 channels: 16 threads a row, 8 channels a thread. The next rows are on their way while some are
+  /// looked at.
   template <class EightsOf, class Weight, class Term, class Tell>
   __device__ void distances_of_eights(int size, int dim, EightsOf row, Weight weight, const float* vector, Term term,
                                       Tell tell) const {
-    constexpr int lanes = 16, rows_beside = team_threads / lanes, ahead = 8;
-    const int lane = static_cast<int>(threadIdx.x) % lanes, channel = 8 * lane;
-    const bool upper = threadIdx.x % 32 >= lanes;
+    constexpr int lanes = 16, rows_beside = team_threads / lanes, ahead = 4;
+    const int lane = static_cast<int>(threadIdx.x) % lanes, channel = 8 * lane, first = threadIdx.x % 32 >= lanes;
     float center[8];
 #pragma unroll
     for (int c = 0; c < 8; ++c) center[c] = channel < dim ? vector[channel + c] : 0.f;
-    for (int begin = 2 * static_cast<int>(threadIdx.x / 32); begin < size; begin += ahead * rows_beside) {
-      const auto slot = [&](int k) { return begin + (upper ? 1 : 0) + k * rows_beside; };
-      struct Weighted {
-        float weight, x[8];
-      } rows[ahead];
+    struct Weighted {
+      float weight;
+      EightWords words;
+    } next[ahead];
+    const auto slot_of = [&](int begin, int k) { return begin + first + k * rows_beside; };
+    const auto read = [&](int begin) {
 #pragma unroll
       for (int k = 0; k < ahead; ++k) {
-        const int mine = min(slot(k), size - 1);
-        rows[k].weight = weight(mine);
-        row(mine).eight(channel < dim ? channel : 0, rows[k].x);
+        const int slot = min(slot_of(begin, k), size - 1);
+        next[k] = {weight(slot), row(slot).words(channel < dim ? channel : 0)};
       }
-      __syncwarp();   // or the compiler puts every load off to its use
-      float sum = 0;  // of the row that this lane tells of
+    };
+    int begin = 2 * static_cast<int>(threadIdx.x / 32);
+    read(begin);
+    for (; begin < size; begin += ahead * rows_beside) {
+      Weighted rows[ahead];
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) rows[k] = next[k];
+      read(begin + ahead * rows_beside);
+      __syncwarp();                     // or the compiler puts every load off to its use
+      float sum[ahead] = {}, mine = 0;  // mine: of the row that this lane tells of
 #pragma unroll
       for (int k = 0; k < ahead; ++k) {
-        float chunk = 0;
+        float x[8];
+        rows[k].words.eight(0, x);
         if (channel < dim)
 #pragma unroll
-          for (int c = 0; c < 8; ++c) chunk += term(rows[k].x[c], rows[k].weight, center[c]);
-        chunk = sum_of_lanes(chunk, dim, lanes);
-        sum = lane == k ? chunk : sum;
+          for (int c = 0; c < 8; ++c) sum[k] += term(x[c], rows[k].weight, center[c]);
       }
-      if (lane < ahead && slot(lane) < size) tell(slot(lane), sum);
+      sum_over_lanes(sum, dim, lanes);
+#pragma unroll
+      for (int k = 0; k < ahead; ++k) mine = lane == k ? sum[k] : mine;
+      if (lane < ahead && slot_of(begin, lane) < size) tell(slot_of(begin, lane), mine);
     }
   }
 

@@ -9,6 +9,7 @@ namespace kv {
 struct RowMemory {
   StreamMemory stream;
   std::uint16_t* queries[2];  // RowNow::queries of tokens in turn
+  int query_rows;             // of each
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
   std::uint16_t *key, *value;                 // [input_buffers][width]
   float* full;                                // [input_buffers][group][value_dim]
@@ -25,18 +26,20 @@ struct RowMemory {
 
 /// Lays the rest out in row_memory_bytes() of shared memory.
 __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, int key_dim, int value_dim, int group,
-                                 int ring_bytes) {
+                                 bool probes, int ring_bytes) {
   const auto take = [&](long bytes) {
     char* at = memory;
     memory += (bytes + 15) / 16 * 16;
     return at;
   };
   if (streamed) {
-    const int width = stream_width(key_dim, value_dim), queries = stream_heads * query_pitch(width) * 2;
+    const int width = stream_width(key_dim, value_dim);
+    row.query_rows = query_rows(group, probes);
     row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * ring_bytes));
     row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
-    row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
-    for (auto& buffer : row.queries) buffer = reinterpret_cast<std::uint16_t*>(take(queries));
+    if (probes) row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
+    for (auto& buffer : row.queries)
+      buffer = reinterpret_cast<std::uint16_t*>(take(row.query_rows * query_pitch(width) * 2));
     row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
     row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));

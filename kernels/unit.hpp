@@ -186,6 +186,7 @@ struct Launch {
   int step_slots = 0;              // most slots of a unit during the steps
   int record_bytes = 0;            // of shared memory for StepRecords
   int ring_bytes = short_ring;     // of shared memory for a warp's ring
+  bool probes = false;             // rows may have the policy's vector beside their queries
   int plain_width = 0;             // of steps over plain rows (step_row.cuh): of their streams; 0 = other rows
   bool timed = false;
 };

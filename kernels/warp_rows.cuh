@@ -6,14 +6,20 @@
 
 namespace kv {
 
-/// sum_of_chunks of policies/teams.hpp, a chunk a lane of the first of every `lanes` neighbours, to all of them; full warps.
-__device__ inline float sum_of_lanes(float chunk, int dim, int lanes) {
+/// sum_of_chunks of policies/teams.hpp for several rows, a chunk a lane of the first of every `lanes` neighbours, to all of them; full
+/// warps.
+template <int rows>
+__device__ void sum_over_lanes(float (&chunk)[rows], int dim, int lanes) {
   const int chunks = (dim + 7) / 8, lane = static_cast<int>(threadIdx.x) % lanes;
-  for (int n = min(chunks, lanes); n > 1; n = (n + 1) / 2) {
-    const float other = __shfl_down_sync(~0u, chunk, static_cast<unsigned>((n + 1) / 2));
-    if (lane < n / 2) chunk += other;
-  }
-  return __shfl_sync(~0u, chunk, static_cast<int>(threadIdx.x % 32) - lane);
+#pragma unroll 1
+  for (int n = min(chunks, lanes); n > 1; n = (n + 1) / 2)
+#pragma unroll
+    for (float& sum : chunk) {
+      const float other = __shfl_down_sync(~0u, sum, static_cast<unsigned>((n + 1) / 2));
+      if (lane < n / 2) sum += other;
+    }
+#pragma unroll
+  for (float& sum : chunk) sum = __shfl_sync(~0u, sum, static_cast<int>(threadIdx.x % 32) - lane);
 }
 
 /// A warp as a row team.
@@ -21,19 +27,20 @@ struct WarpRows {
   template <class A, class B = DeviceRow>
   __device__ float dot(A a, B b) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
-    float chunk = 0;
+    float chunk[1] = {};
     if (in_eights(a) && in_eights(b)) {
       for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
         float x[8], y[8];
         load_eight(a, first, x), load_eight(b, first, y);
 #pragma unroll
-        for (int k = 0; k < 8; ++k) chunk += x[k] * y[k];
+        for (int k = 0; k < 8; ++k) chunk[0] += x[k] * y[k];
       }
     } else {
       for (int first = 8 * lane; first < a.dim; first += 8 * 32)
-        for (int k = first; k < min(first + 8, a.dim); ++k) chunk += a[k] * b[k];
+        for (int k = first; k < min(first + 8, a.dim); ++k) chunk[0] += a[k] * b[k];
     }
-    return sum_of_lanes(chunk, a.dim, 32);
+    sum_over_lanes(chunk, a.dim, 32);
+    return chunk[0];
   }
   template <class A, class B = DeviceRow>
   __device__ float cosine(A a, B b) const {
