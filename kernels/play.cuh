@@ -53,7 +53,7 @@ struct Play {
   int size, budget;  // slots
   int now = -1, block_first = 0, block = 0;
   Phase phase = Phase::prompt;
-  Ring ring;         // what is under way for the next row
+  Ring ring;         // what this warp holds for the next row
   int stale = -1;    // a slot whose row changed in memory since
   int changed = -1;  // RowNow::changed
 
@@ -91,7 +91,7 @@ struct Play {
     return record_error(progress, error, a, b, c);
   }
 
-  /// A slot's row was written in memory: what is under way may not know it.
+  /// A slot's row was written in memory: a ring may not know it.
   __device__ void row_changed(int slot) {
     if (stale >= 0 && stale != slot) ring.running = false;
     stale = slot;
@@ -225,8 +225,8 @@ struct Play {
             static_cast<long>(layer.query_rows) * trace.key_dim};
   }
 
-  /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits, what a step has
-  /// under way is lost. Gives a barrier. `width` and `tile` as TokenAttention::streamed has them.
+  /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits, what rings
+  /// hold is lost. Gives a barrier. `width` and `tile` as TokenAttention::streamed has them.
   template <int width, int tile = 0>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;

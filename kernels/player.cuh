@@ -348,7 +348,7 @@ struct Player : Play {
     }
     return -1;
   }
-  /// The same, and what is under way knows of it. Returns the target, as fold_one().
+  /// The same, and rings know of it. Returns the target, as fold_one().
   __device__ int fold_apart(int victim, int rows = 1) {
     const int target = fold_victim(fixed, policy, size, now, phase, block, victim, rows);
     if (target >= 0) row_changed(target);

@@ -59,10 +59,9 @@ class StepRow : protected StepLook<P, width> {
     await_copies<0>();
     __syncthreads();
   }
-  /// After the last step: takes out what is under way.
+  /// After the last step.
   __device__ void end() {
     await_copies<0>();
-    if (streamed() && streams_now()) TileRing::drain(p_.row.stream, p_.ring);
     __syncthreads();
     measure_row();
   }
@@ -83,13 +82,13 @@ class StepRow : protected StepLook<P, width> {
                      absolute() ? inputs().key(token) : p_.at(p_.unit.rotated, last, p_.trace.key_dim),
                      inputs().value(token),
                      p_.changed};
-    const bool next = absolute() && !asks_for_mass() && !future_mass();
+    const bool stays = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
       const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
       if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile()))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
                  stream_tile());
-      stream(now, next);
+      stream(now);
     } else {
       if constexpr (plain && !may_part) measure_row<false>();
       if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
@@ -100,7 +99,7 @@ class StepRow : protected StepLook<P, width> {
         serve(token);
     }
     p_.stale = p_.changed = -1;
-    TileRing::advance(p_.ring, stream_tile(), last, next);
+    TileRing::advance(p_.ring, stream_tile(), last, stays);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row, true);
@@ -109,11 +108,11 @@ class StepRow : protected StepLook<P, width> {
   }
 
   /// Plain rows are streamed here, others by a call.
-  __device__ __forceinline__ void stream(const RowNow& now, bool next) {
+  __device__ __forceinline__ void stream(const RowNow& now) {
     const RowLook& look = p_.fixed.look;
     StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
-      if (!p_.ring.running) {
+      if (!TileOrder(p_.ring, tile_of(now.slots + tile - 1, tile), p_.warp).held) {
         const RowNow copy = now;
         start_apart(look, copy, memory, p_.ring, args_.settings.kept_tiles);
       }
@@ -121,7 +120,7 @@ class StepRow : protected StepLook<P, width> {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
-        stream.run(p_.ring, next);
+        stream.run(p_.ring);
         stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -131,7 +130,7 @@ class StepRow : protected StepLook<P, width> {
     } else {
       const Ring ring = p_.ring;
       const RowNow copy = now;
-      stream_apart(p_.trace.elements, look, copy, memory, ring, next);
+      stream_apart(p_.trace.elements, look, copy, memory, ring);
     }
   }
 

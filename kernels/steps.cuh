@@ -2,7 +2,7 @@
 //
 // A step at a full cache has two barriers. Before the first, some warps stream the cache, the others book the new token and look
 // at it. Then every thread knows the row's log-sum-exps, observes and scores its own slots. After the second barrier everyone
-// knows who goes; the newest row takes that place in memory, and in the tile that is already under way for the next step. The
+// knows who goes; the newest row takes that place in memory, and in the tile that a warp holds for the next step. The
 // warps that stream go on with that one at once; the others measure, fetch inputs for the step after it and book who went. Where
 // hooks want more than slots, all go together, and measure and fetch under the next step's stream. What needs more - biases,
 // probes, rotations, merges - adds barriers.

@@ -2,8 +2,8 @@
 // of. Keys and values are read once, into a ring that is the warp's own: by copies of whole tiles on Hopper and later, else by
 // 512 neighbouring bytes a warp (in any other order of lanes such a copy moves every sector twice). There is no barrier
 // between memory and tensor cores, and rows are swizzled so that there is no bank conflict either. The ring goes on over
-// rows: what a warp will need first for the next row is under way while hooks run, and a slot that changes meanwhile is
-// patched in the ring. Behind the last slot a tile holds what was there before: numbers, which count nothing.
+// rows: a warp's last tile of a row is its first one of the next, and a slot that changes meanwhile is patched in the ring.
+// Behind the last slot a tile holds what was there before: numbers, which count nothing.
 //
 // Products are mma.m16n8k16: keys times queries, then values times probabilities, whose right operands have room for eight
 // heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's probe vector
@@ -60,40 +60,45 @@ class Stream : TileRing {
       }
   }
 
-  /// Copies this warp's first tile, unless it is on its way.
+  /// How this warp goes through its tiles.
+  __device__ __forceinline__ TileOrder order(const Ring& ring) const { return {ring, tiles_, warp_}; }
+
+  /// Copies this warp's first tile, unless its ring holds it.
   __device__ __forceinline__ void start(const Ring& ring) const {
-    if (ring.running) return;
-    drain(memory_, ring);
+    if (order(ring).held) return;
     fetch<true>(warp_), fetch<false>(warp_);
   }
 
-  /// The whole row: this warp's tiles, every stream_warps-th, after start(). `next`: start the first one again at the end, for
-  /// the next row over the same cache. store() and TileRing::advance() must follow.
-  __device__ __forceinline__ void run(const Ring& ring, bool next) {
-    unsigned turn = same_in_warp(first_turn(ring));
-    const bool again = next && goes_on(tiles_);
-    bool keys_there = has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
+  /// The whole row: this warp's tiles, after start(). store() and TileRing::advance() must follow.
+  __device__ __forceinline__ void run(const Ring& ring) {
+    const TileOrder mine = order(ring);
+    const int step = same_in_warp(mine.step);
+    unsigned turn = same_in_warp(ring.turns);
+    bool held = same_in_warp(static_cast<int>(mine.held)) != 0;
+    bool keys_there = held || has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
+    int at = same_in_warp(mine.first);
 #pragma unroll 1
-    for (int at = warp_; at < tiles_; at += stream_warps) {
-      int after = at + stream_warps;
-      if (after >= tiles_) after = again ? warp_ : tiles_;
+    for (int left = same_in_warp(mine.count); left > 0; --left) {
+      const int after = left > 1 ? at + step : tiles_;
       if (!keys_there) await<true>(landed_, turn);
       float dots[row_blocks][4];
       dot_keys(at, dots);
       __syncwarp();  // every lane has read its keys
-      const bool values_there = has_landed<false>(landed_, turn);
+      const bool values_there = held || has_landed<false>(landed_, turn);
       fetch<true>(after);
       if (!values_there) await<false>(landed_, turn);
       uint4 rows[4];
       read_values(0, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[row_blocks][2], low[row_blocks][2];
-      soften(at, dots, high, low);
+      soften(at, at == mine.first, dots, high, low);
       add_values<true>(rows, high, low);
       if (probing != Probing::among_queries && !both_at_once_) add_values<false>(rows, low, low);
       __syncwarp();
-      ++turn;
+      if (!held) ++turn;
+      held = false;
       keys_there = has_landed<true>(landed_, turn);
       fetch<false>(after);
+      at = after;
     }
   }
 
@@ -222,9 +227,9 @@ class Stream : TileRing {
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words: as right
-  /// operands, those of heads from 4 on the low ones where both go at once.
-  __device__ __forceinline__ void soften(int which, float (&x)[row_blocks][4], unsigned (&high)[row_blocks][2],
-                                         unsigned (&low)[row_blocks][2]) {
+  /// operands, those of heads from 4 on the low ones where both go at once. `first`: of the row's tiles.
+  __device__ __forceinline__ void soften(int which, bool first, float (&x)[row_blocks][4],
+                                         unsigned (&high)[row_blocks][2], unsigned (&low)[row_blocks][2]) {
     if (which < simple_tiles_) {
 #pragma unroll
       for (auto& of_block : x)
@@ -257,9 +262,8 @@ class Stream : TileRing {
     for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
       for (int e = m == 0 ? 2 : 0; e < 4; ++e) most[e % 2] = fmaxf(most[e % 2], x[m][e]);
-    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom) ||
-        (which == warp_ && !is_near(most)))
-      rescale(most, which == warp_);
+    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom) || (first && !is_near(most)))
+      rescale(most, first);
     const float base[2] = {base_of(most_[0]), base_of(most_[1])};
 #pragma unroll
     for (int m = 0; m < row_blocks; ++m) {

@@ -77,12 +77,11 @@ struct StreamMemory {
 /// leaves free, or with products of its own.
 enum class Probing { none, among_queries, apart };
 
-/// Where a warp's ring stands.
+/// Where a warp's ring stands between rows: nothing is under way.
 struct Ring {
-  bool running = false;  // the first tiles of the next row are under way
-  bool filled = false;   // so are tiles, which may not be wanted any more
-  unsigned turns = 0;    // tiles that the warp has taken out
-  int tiles = 0;         // of the row that started them
+  bool running = false;  // it holds tile `at` as memory does
+  int at = 0;
+  unsigned turns = 0;  // tiles that have come
 };
 
 namespace detail {

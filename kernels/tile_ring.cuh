@@ -1,10 +1,25 @@
-// A warp's ring: a tile of keys and one of values, which go on over rows: where a tile lies in shared memory, what is under way,
-// how a slot that changes meanwhile is patched.
+// A warp's ring: a tile of keys and one of values, which stay over rows: where a tile lies in shared memory, which way a row goes
+// through them, how a slot that changes meanwhile is patched.
 #pragma once
 #include "kernels/stream_look.cuh"
 #include "kernels/team.cuh"
 
 namespace kv {
+
+/// How a warp goes through its tiles of a row, every stream_warps-th: up, or down where its ring holds the last one, so that rows of
+/// the same cache read one tile a warp less.
+struct TileOrder {
+  int first, last, step, count;
+  bool held;  // the ring has the first one already
+
+  __device__ __forceinline__ TileOrder(const Ring& ring, int tiles, int warp)
+      : count(max(0, (tiles - warp + stream_warps - 1) / stream_warps)) {
+    const int top = warp + (count - 1) * stream_warps;
+    const bool there = ring.running && count > 0, down = there && ring.at == top;
+    held = down || (there && ring.at == warp);
+    first = down ? top : warp, last = down ? warp : top, step = down ? -stream_warps : stream_warps;
+  }
+};
 
 /// Of tiles of 16-bit channels, whose rows lie as copies of boxes swizzle them: halves of 64 channels, one behind the other.
 struct TileRing {
@@ -20,40 +35,21 @@ struct TileRing {
                           tile_bytes(width, tile) + swizzled_place(lane / 16 * 8 + lane % 8, lane / 8 % 2, half), 0};
   }
 
-  /// Whether a row of so many tiles can start the next one's: every warp must have one.
-  __device__ static bool goes_on(int tiles) { return tiles >= stream_warps; }
-
-  /// The ring after Stream::run(ring, next) over `slots` slots; by all threads.
-  __device__ __forceinline__ static void advance(Ring& ring, int tile, int slots, bool next) {
-    const int tiles = tile_of(slots + tile - 1, tile), warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
-    ring.turns = first_turn(ring) + static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps);
-    ring.running = ring.filled = next && goes_on(tiles), ring.tiles = tiles;
+  /// The ring after Stream::run over `slots` slots; by all threads. `stays`: the next row is of the same cache.
+  __device__ __forceinline__ static void advance(Ring& ring, int tile, int slots, bool stays) {
+    const TileOrder order(ring, tile_of(slots + tile - 1, tile), static_cast<int>(threadIdx.x / 32) % stream_warps);
+    ring.turns += static_cast<unsigned>(order.count - (order.held ? 1 : 0));
+    ring.running = stays && order.count > 0, ring.at = order.last;
   }
 
-  /// Waits for what is under way; by the warps that stream.
-  __device__ static void drain(const StreamMemory& memory, const Ring& ring) {
-    if constexpr (copies_boxes) {
-      if (!ring.filled) return;
-      const unsigned landed = landed_of(memory, warp_of_team());
-      await<true>(landed, ring.turns), await<false>(landed, ring.turns);
-    } else {
-      await_copies<0>();
-      __syncwarp();
-    }
-  }
-
-  /// The turn of a row's first tile: what is under way without being wanted is taken out before.
-  __device__ static unsigned first_turn(const Ring& ring) { return ring.turns + (!ring.running && ring.filled); }
-
-  /// A row's new content where a running ring already holds the slot; by the warp that it belongs to. `key` and `value` are
+  /// A row's new content where a ring holds the slot; by the warp that it belongs to. `key` and `value` are
   /// in shared or device memory.
   __device__ __forceinline__ static void patch(const StreamMemory& memory, const Ring& ring, int width, int tile,
                                                int slot, const RowLook& look, const void* key, const void* value) {
     const int of = tile_of(slot, tile);
-    if (!ring.running || of >= stream_warps || of >= ring.tiles) return;
-    drain(memory, ring);
+    if (!ring.running || of != ring.at) return;
     const unsigned bytes = tile_bytes(width, tile), chunk = threadIdx.x % 16;
-    const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(of) * 2 * bytes;
+    const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(of % stream_warps) * 2 * bytes;
     const bool keys = threadIdx.x % 32 < 16;
     if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
       const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
@@ -61,7 +57,7 @@ struct TileRing {
           base + (keys ? 0 : bytes) + swizzled_place(static_cast<unsigned>(slot % tile), chunk, half_bytes(tile)),
           words);
     }
-    if constexpr (copies_boxes) written_to_shared();
+    if constexpr (copies_boxes) written_to_shared(), written_to_device();  // it will be read again from there
     __syncwarp();
   }
 

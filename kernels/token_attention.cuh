@@ -106,7 +106,7 @@ struct TokenAttention {
   bool simple = false;
 
   /// A row over tensor cores, from queries in shared memory, by all threads. Leaves log-sum-exps and outputs in `memory`, and
-  /// nothing under way in the ring; gives a barrier. `width`, `tile`: of streams where rows are known to be of bfloat16 and
+  /// nothing in the ring; gives a barrier. `width`, `tile`: of streams where rows are known to be of bfloat16 and
   /// nobody probes; 0 for any rows.
   template <int width, int tile>
   __device__ void streamed(const RowLook& look, const RowNow& now, RowMemory& memory, Ring& ring) const {
@@ -114,9 +114,9 @@ struct TokenAttention {
     __syncthreads();
     if (threadIdx.x / 32 < stream_warps)
       if constexpr (width > 0)
-        stream_here<__nv_bfloat16, width, tile, Probing::none>(look, now, memory.stream, ring, false);
+        stream_here<__nv_bfloat16, width, tile, Probing::none>(look, now, memory.stream, ring);
       else
-        stream_apart(elements, look, now, memory.stream, ring, false);
+        stream_apart(elements, look, now, memory.stream, ring);
     else
       newest_slot(look, now, memory, warp_of_team() - stream_warps);
     const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring);

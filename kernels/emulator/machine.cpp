@@ -292,11 +292,12 @@ static void pass(Fiber& f) {
 
 /// The barrier's arrivals for a phase, and above them the bytes that are missing in the present one; the arrivals that are, and
 /// its parity.
+constexpr int arrival_bits = 12;
 static std::uint32_t* words_of(std::uint32_t barrier) {
   return reinterpret_cast<std::uint32_t*>(at_shared(barrier, 8));
 }
 static void end_phase(std::uint32_t* words) {
-  if (words[1] >> 1 == 0 && words[0] >> 8 == 0) words[1] = words[0] << 1 | (~words[1] & 1);
+  if (words[1] >> 1 == 0 && words[0] >> arrival_bits == 0) words[1] = words[0] << 1 | (~words[1] & 1);
 }
 void barrier_init(std::uint32_t barrier, int arrivals) {
   std::uint32_t* words = words_of(barrier);
@@ -305,7 +306,7 @@ void barrier_init(std::uint32_t barrier, int arrivals) {
 void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes) {
   std::uint32_t* words = words_of(barrier);
   here->block->passes = 0;
-  words[0] += expected_bytes << 8, words[1] -= 2;
+  words[0] += expected_bytes << arrival_bits, words[1] -= 2;
   end_phase(words);
 }
 
@@ -317,7 +318,7 @@ static void land(const Box& box) {
       std::memcpy(at_shared(at ^ (at >> 7 & 7) << 4, 2), &element, 2);
     }
   std::uint32_t* words = words_of(box.barrier);
-  words[0] -= static_cast<std::uint32_t>(box.from->tile * box_channels * 2) << 8;
+  words[0] -= static_cast<std::uint32_t>(box.from->tile * box_channels * 2) << arrival_bits;
   end_phase(words);
 }
 void start_box(std::uint32_t to, const TileMap& from, int channel, int row, int unit, std::uint32_t barrier) {

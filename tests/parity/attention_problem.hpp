@@ -19,7 +19,7 @@ namespace kv {
 struct ProblemShape {
   Dtype elements = Dtype::bfloat16;
   int key_dim = 128, value_dim = 128, group = 4, rows = 64, slots = 200, older = 0;
-  float softcap = 0;
+  float softcap = 0, bias_size = 1;
   int window = 0;
   bool sinks = false, bias = false, hides = false, gathers = false, e = false;
 };
@@ -69,6 +69,7 @@ class Problem {
     bias_.resize(index(shape.slots)), sinks_.resize(index(shape.group));
     for (auto* values : {&bias_, &sinks_})
       std::generate(values->begin(), values->end(), [&] { return normal(random_); });
+    for (float& bias : bias_) bias *= shape.bias_size;
     e_.resize(index(long{shape.group} * stride() * shape.value_dim));
     std::generate(e_.begin(), e_.end(), [&] { return normal(random_); });
     upload();
