@@ -239,7 +239,8 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
       program_->record_bytes(plan_.traits, launch.settings, trace_.data.group, trace_.data.key_dim, launch.step_slots);
   launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
   constexpr int wide_tile = tile_slots(128, long_ring), more_ring = stream_warps * (long_ring - short_ring);
-  if (launch.plain_width == 128 && launch.step_slots > stream_warps * wide_tile && wanted + more_ring <= record_room_)
+  if (launch.plain_width == 128 && !launch.together && launch.step_slots > stream_warps * wide_tile &&
+      wanted + more_ring <= record_room_)
     launch.ring_bytes = long_ring, launch.maps = maps_.at(long_ring);
   const int width = stream_width(trace_.data.key_dim, trace_.data.value_dim);
   launch.settings.kept_tiles = kept_tiles(launch.step_slots, tile_slots(width, launch.ring_bytes),

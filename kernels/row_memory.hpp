@@ -24,6 +24,9 @@ constexpr int tile_of(int slot, int tile) {
   return static_cast<int>(static_cast<unsigned>(slot) >> (tile > 16 ? 5 : 4));
 }
 
+/// Whether steps of such streams never decide with their layer's other heads: registers are short where tiles are long.
+constexpr bool decides_alone(int width, int tile) { return width == 128 && tile == tile_slots(128, long_ring); }
+
 /// Floats between the heads of a warp's partial outputs: apart by a bank's worth, so that stores do not collide.
 constexpr int stream_pitch(int width) { return width + 4; }
 

@@ -231,8 +231,10 @@ class Steps : StepRow<P, width, tile> {
     __syncthreads();
   }
 
-  /// Whether the heads of a layer decide as one: the compiler knows of policies where they never do.
-  __device__ bool together() const { return p_.traits().scope == Scope::layer && args_.together; }
+  /// Whether the heads of a layer decide as one: the compiler knows of policies and kernels where they never do.
+  __device__ bool together() const {
+    return !decides_alone(width, tile) && p_.traits().scope == Scope::layer && args_.together;
+  }
   __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
 
   /// The victim joins its target or is counted, and goes. Needs a barrier before, one must follow.

@@ -60,42 +60,41 @@ class Stream : TileRing {
       }
   }
 
-  /// How this warp goes through its tiles.
-  __device__ __forceinline__ TileOrder order(const Ring& ring) const { return {ring, tiles_, warp_}; }
-
   /// Copies this warp's first tile, unless its ring holds it.
   __device__ __forceinline__ void start(const Ring& ring) const {
-    if (order(ring).held) return;
+    if (holds_first(ring, tiles_)) return;
+    if constexpr (copies_boxes) written_to_device(warp_ == changed_);
     fetch<true>(warp_), fetch<false>(warp_);
   }
 
   /// The whole row: this warp's tiles, after start(). store() and TileRing::advance() must follow.
   __device__ __forceinline__ void run(const Ring& ring) {
-    const TileOrder mine = order(ring);
-    const int step = same_in_warp(mine.step);
+    bool first = true, held = same_in_warp(static_cast<int>(holds_first(ring, tiles_))) != 0;
+    const bool down = held && same_in_warp(static_cast<int>(ring.down)) != 0;
     unsigned turn = same_in_warp(ring.turns);
-    bool held = same_in_warp(static_cast<int>(mine.held)) != 0;
     bool keys_there = held || has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
-    int at = same_in_warp(mine.first);
 #pragma unroll 1
-    for (int left = same_in_warp(mine.count); left > 0; --left) {
-      const int after = left > 1 ? at + step : tiles_;
+    for (int at = first_tile(down, tiles_, warp_); at < tiles_;) {
+      int after = at + (down ? -stream_warps : stream_warps);
+      if (static_cast<unsigned>(after) >= static_cast<unsigned>(tiles_)) after = tiles_;  // none
       if (!keys_there) await<true>(landed_, turn);
       float dots[row_blocks][4];
       dot_keys(at, dots);
       __syncwarp();  // every lane has read its keys
       const bool values_there = held || has_landed<false>(landed_, turn);
+      // A tile that this warp wrote to will be read again, in two rows if it lies here.
+      if constexpr (copies_boxes) written_to_device(after == changed_ || (held && at == changed_));
       fetch<true>(after);
       if (!values_there) await<false>(landed_, turn);
       uint4 rows[4];
       read_values(0, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[row_blocks][2], low[row_blocks][2];
-      soften(at, at == mine.first, dots, high, low);
+      soften(at, first, dots, high, low);
       add_values<true>(rows, high, low);
       if (probing != Probing::among_queries && !both_at_once_) add_values<false>(rows, low, low);
       __syncwarp();
       if (!held) ++turn;
-      held = false;
+      first = held = false;
       keys_there = has_landed<true>(landed_, turn);
       fetch<false>(after);
       at = after;
@@ -150,7 +149,6 @@ class Stream : TileRing {
   __device__ __forceinline__ void fetch(int which) const {
     const unsigned to = ring_ + (keys ? 0 : tile_bytes);
     if constexpr (copies_boxes) {
-      if (keys) written_to_device(which == changed_);
       if (is_elected() && which < tiles_) {
         const uint64_t wish = which < kept_tiles_ ? stay_long : others_;
         const TileMap* const map = keys ? from_.keys : from_.values;

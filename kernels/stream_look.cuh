@@ -79,9 +79,10 @@ enum class Probing { none, among_queries, apart };
 
 /// Where a warp's ring stands between rows: nothing is under way.
 struct Ring {
-  bool running = false;  // it holds tile `at` as memory does
-  int at = 0;
-  unsigned turns = 0;  // tiles that have come
+  bool running = false;  // it holds the last tile of the latest row, as memory does
+  bool down = false;     // which is the last of the warp's tiles, not the first one
+  int tiles = 0;         // of that row
+  unsigned turns = 0;    // tiles that have come
 };
 
 namespace detail {

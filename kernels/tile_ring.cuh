@@ -6,21 +6,6 @@
 
 namespace kv {
 
-/// How a warp goes through its tiles of a row, every stream_warps-th: up, or down where its ring holds the last one, so that rows of
-/// the same cache read one tile a warp less.
-struct TileOrder {
-  int first, last, step, count;
-  bool held;  // the ring has the first one already
-
-  __device__ __forceinline__ TileOrder(const Ring& ring, int tiles, int warp)
-      : count(max(0, (tiles - warp + stream_warps - 1) / stream_warps)) {
-    const int top = warp + (count - 1) * stream_warps;
-    const bool there = ring.running && count > 0, down = there && ring.at == top;
-    held = down || (there && ring.at == warp);
-    first = down ? top : warp, last = down ? warp : top, step = down ? -stream_warps : stream_warps;
-  }
-};
-
 /// Of tiles of 16-bit channels, whose rows lie as copies of boxes swizzle them: halves of 64 channels, one behind the other.
 struct TileRing {
   __device__ static constexpr unsigned half_bytes(int tile) { return static_cast<unsigned>(tile) * 128; }
@@ -35,11 +20,22 @@ struct TileRing {
                           tile_bytes(width, tile) + swizzled_place(lane / 16 * 8 + lane % 8, lane / 8 % 2, half), 0};
   }
 
-  /// The ring after Stream::run over `slots` slots; by all threads. `stays`: the next row is of the same cache.
-  __device__ __forceinline__ static void advance(Ring& ring, int tile, int slots, bool stays) {
-    const TileOrder order(ring, tile_of(slots + tile - 1, tile), static_cast<int>(threadIdx.x / 32) % stream_warps);
-    ring.turns += static_cast<unsigned>(order.count - (order.held ? 1 : 0));
-    ring.running = stays && order.count > 0, ring.at = order.last;
+  // A warp goes through its tiles of a row, every stream_warps-th, up, or down where its ring holds the last of them: so rows of
+  // the same cache read one tile a warp less.
+
+  /// Whether a row of so many tiles begins with the tile that the ring holds.
+  __device__ static bool holds_first(const Ring& ring, int tiles) { return ring.running && ring.tiles == tiles; }
+  /// A row's first tile of a warp, or where it is not before `tiles`, none.
+  __device__ static int first_tile(bool down, int tiles, int warp) {
+    return down ? tiles - 1 - (tiles - 1 - warp) % stream_warps : warp;
+  }
+
+  /// The ring after Stream::run over so many tiles; by all threads. `stays`: the next row is of the same cache.
+  __device__ __forceinline__ static void advance(Ring& ring, int tiles, bool stays) {
+    const int warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
+    const bool held = holds_first(ring, tiles);
+    ring.turns += static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps) - (held ? 1 : 0);
+    ring.down = !(held && ring.down), ring.running = stays && warp < tiles, ring.tiles = tiles;
   }
 
   /// A row's new content where a ring holds the slot; by the warp that it belongs to. `key` and `value` are
@@ -47,7 +43,7 @@ struct TileRing {
   __device__ __forceinline__ static void patch(const StreamMemory& memory, const Ring& ring, int width, int tile,
                                                int slot, const RowLook& look, const void* key, const void* value) {
     const int of = tile_of(slot, tile);
-    if (!ring.running || of != ring.at) return;
+    if (!ring.running || of != first_tile(ring.down, ring.tiles, of % stream_warps)) return;
     const unsigned bytes = tile_bytes(width, tile), chunk = threadIdx.x % 16;
     const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(of % stream_warps) * 2 * bytes;
     const bool keys = threadIdx.x % 32 < 16;
@@ -57,7 +53,7 @@ struct TileRing {
           base + (keys ? 0 : bytes) + swizzled_place(static_cast<unsigned>(slot % tile), chunk, half_bytes(tile)),
           words);
     }
-    if constexpr (copies_boxes) written_to_shared(), written_to_device();  // it will be read again from there
+    if constexpr (copies_boxes) written_to_shared();
     __syncwarp();
   }
 

@@ -119,8 +119,9 @@ struct TokenAttention {
         stream_apart(elements, look, now, memory.stream, ring);
     else
       newest_slot(look, now, memory, warp_of_team() - stream_warps);
-    const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring);
-    TileRing::advance(ring, width > 0 ? tile : of_any, now.slots, false);
+    const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring),
+              of = width > 0 ? tile : of_any;
+    TileRing::advance(ring, tile_of(now.slots + of - 1, of), false);
     __syncthreads();
     combine(look, now, memory);
     __syncthreads();
