@@ -1,11 +1,15 @@
-// What kernels/emulator finds that a GPU may hide: kernels with one fault each, and how much memory the engine takes.
+// What kernels/emulator finds that a GPU may hide: kernels with one fault each, how much memory the engine takes, and arithmetic
+// that has to be right to the bit.
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <random>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/emulator/kernels/instructions.cuh"
 #include "kernels/emulator/kernels/launch.cuh"
+#include "kernels/fold_rows.cuh"
 #include "tests/parity/cases.hpp"
 #include "tests/parity/made_trace.hpp"
 
@@ -181,6 +185,30 @@ TEST(Emulator, SeesThatDeviceMemoryIsKeptTo) {
     EXPECT_EQ(test::error_of(apart[i]), "");
     EXPECT_EQ(bit_difference(together[i].result, apart[i].result), "");
   }
+}
+
+TEST(Emulator, DividesRowsByReciprocalsToTheBit) {
+  std::mt19937 random(GTEST_FLAG_GET(random_seed) + 1u);
+  const auto number = [&](unsigned least,
+                          unsigned most) {  // of a random sign and exponent; often with a mantissa near a border
+    const unsigned exponent = std::uniform_int_distribution<unsigned>(least, most)(random);
+    unsigned mantissa = random() & 0x7fffff;
+    if (random() % 4 == 0) mantissa = random() % 2 ? mantissa & 3 : 0x7fffff - (mantissa & 3);
+    return std::bit_cast<float>(static_cast<unsigned>(random()) << 31 | exponent << 23 | mantissa);
+  };
+  for (const auto& [least, most] :
+       {std::pair{120u, 134u}, {60u, 194u}, {0u, 254u}})  // as folds have them; at the edge; any
+    for (int i = 0; i < 300000; ++i) {
+      float x[8];
+      for (float& each : x) each = random() % 64 ? number(least, most) : 0.f;
+      const float divisor = number(std::max(least, 1u), most);
+      float quotients[8];
+      std::copy_n(x, 8, quotients);
+      detail::Quotients(divisor).divide(quotients);
+      for (int k = 0; k < 8; ++k)
+        ASSERT_EQ(std::bit_cast<unsigned>(quotients[k]), std::bit_cast<unsigned>(x[k] / divisor))
+            << x[k] << " / " << divisor;
+    }
 }
 
 }  // namespace
