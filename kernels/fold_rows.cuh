@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "kernels/play.cuh"
+#include "kernels/quotients.cuh"
 #include "policies/policy.hpp"
 
 namespace kv {
@@ -75,35 +76,6 @@ __device__ int lanes_of_target(const Player& player) {
   const TraceData& trace = player.trace;
   return folds_in_eights<by_channel>(player) && trace.key_dim <= 128 && trace.value_dim <= 128 ? 16 : 32;
 }
-
-/// Quotients of one divisor, to the bit: from its reciprocal by two corrections (Markstein 1990, IBM J. Res. Dev. 34:1), where
-/// nothing comes near an overflow or underflow.
-struct Quotients {
-  static constexpr float least = 0x1p-60f, most = 0x1p60f;
-  const float divisor, reciprocal;
-  __device__ explicit Quotients(float d) : divisor(d), reciprocal(1 / d) {}
-  template <int step>
-  __device__ void divide(float (&x)[step]) const {
-    if constexpr (step == 1) {
-      x[0] /= divisor;
-      return;
-    }
-    float smallest = std::abs(divisor), largest = smallest;
-#pragma unroll
-    for (const float each : x) smallest = fminf(smallest, std::abs(each)), largest = fmaxf(largest, std::abs(each));
-    if (smallest >= least && largest <= most) {
-#pragma unroll
-      for (float& each : x) {
-        float q = each * reciprocal;
-        q = __fmaf_rn(__fmaf_rn(-q, divisor, each), reciprocal, q);
-        each = __fmaf_rn(__fmaf_rn(-q, divisor, each), reciprocal, q);
-      }
-    } else {
-#pragma unroll 1
-      for (float& each : x) each /= divisor;
-    }
-  }
-};
 
 /// A slot's key and value as a lane has them, `step` channels of each, not widened yet. What is beyond a row's end is from its
 /// beginning.

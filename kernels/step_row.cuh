@@ -99,7 +99,7 @@ class StepRow : protected StepLook<P, width> {
         serve(token);
     }
     p_.stale = p_.changed = -1;
-    TileRing::advance(p_.ring, tile_of(last + stream_tile() - 1, stream_tile()), stays);
+    TileRing::advance(p_.ring, TileRing::tiles_of_row(last, stream_tile()), stays);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(p_.fixed.look, p_.row, true);
@@ -112,7 +112,7 @@ class StepRow : protected StepLook<P, width> {
     const RowLook& look = p_.fixed.look;
     StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
-      if (!TileRing::holds_first(p_.ring, tile_of(now.slots + tile - 1, tile))) {
+      if (!TileRing::holds_first(p_.ring, TileRing::tiles_of_row(now.slots, tile))) {
         const RowNow copy = now;
         start_apart(look, copy, memory, p_.ring, args_.settings.kept_tiles);
       }

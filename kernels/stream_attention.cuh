@@ -34,7 +34,7 @@ class Stream : TileRing {
         from_(from),
         unit_(same_in_warp(from.unit)),
         warp_(warp_of_team()),
-        tiles_(same_in_warp(tile_of(now.slots + tile - 1, tile))),
+        tiles_(same_in_warp(tiles_of_row(now.slots, tile))),
         changed_(same_in_warp(now.changed < 0 ? -1 : tile_of(now.changed, tile))),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tile_of(now.slots, tile)
                                                                                            : 0),
@@ -73,8 +73,9 @@ class Stream : TileRing {
     const bool down = held && same_in_warp(static_cast<int>(ring.down)) != 0;
     unsigned turn = same_in_warp(ring.turns);
     bool keys_there = held || has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
+    int at = first_tile(down, tiles_, warp_);
 #pragma unroll 1
-    for (int at = first_tile(down, tiles_, warp_); at < tiles_;) {
+    do {
       int after = at + (down ? -stream_warps : stream_warps);
       if (static_cast<unsigned>(after) >= static_cast<unsigned>(tiles_)) after = tiles_;  // none
       if (!keys_there) await<true>(landed_, turn);
@@ -98,7 +99,7 @@ class Stream : TileRing {
       keys_there = has_landed<true>(landed_, turn);
       fetch<false>(after);
       at = after;
-    }
+    } while (at < tiles_);
   }
 
   /// The warp's part of every head's output, unnormalised; of all channels, there or not.
@@ -160,7 +161,8 @@ class Stream : TileRing {
       }
     } else {
       copy_by_lanes<width, tile>(to, static_cast<const char*>(keys ? look_.keys : look_.values),
-                                 keys ? look_.key_dim : look_.value_dim, which * tile, which < tiles_ ? now_.slots : 0);
+                                 keys ? look_.key_dim : look_.value_dim, which * tile,
+                                 which < tiles_ ? now_.slots : -1);
     }
   }
   /// Where this lane's row of the b-th block of 16 channels lies, in the m-th of 16 slots: of keys, of values.

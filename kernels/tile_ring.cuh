@@ -21,11 +21,14 @@ struct TileRing {
   }
 
   // A warp goes through its tiles of a row, every stream_warps-th, up, or down where its ring holds the last of them: so rows of
-  // the same cache read one tile a warp less.
+  // the same cache read one tile a warp less. Every warp has a tile, if only of slots that are none: with a way around the loop
+  // ptxas may make a second copy of what follows, its barrier included.
 
+  /// Tiles of a row over so many slots.
+  __device__ static int tiles_of_row(int slots, int tile) { return max(tile_of(slots + tile - 1, tile), stream_warps); }
   /// Whether a row of so many tiles begins with the tile that the ring holds.
   __device__ static bool holds_first(const Ring& ring, int tiles) { return ring.running && ring.tiles == tiles; }
-  /// A row's first tile of a warp, or where it is not before `tiles`, none.
+  /// A row's first tile of a warp.
   __device__ static int first_tile(bool down, int tiles, int warp) {
     return down ? tiles - 1 - (tiles - 1 - warp) % stream_warps : warp;
   }
@@ -35,7 +38,7 @@ struct TileRing {
     const int warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
     const bool held = holds_first(ring, tiles);
     ring.turns += static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps) - (held ? 1 : 0);
-    ring.down = !(held && ring.down), ring.running = stays && warp < tiles, ring.tiles = tiles;
+    ring.down = !(held && ring.down), ring.running = stays, ring.tiles = tiles;
   }
 
   /// A row's new content where a ring holds the slot; by the warp that it belongs to. `key` and `value` are
@@ -57,14 +60,14 @@ struct TileRing {
     __syncwarp();
   }
 
-  /// Starts copying a tile's rows from a slot on, zeros from slot `slots` on and beyond the dimension; by copies of 16 bytes, 512
-  /// neighbouring ones a warp. Closes a group of copies.
+  /// Starts copying a tile's rows from a slot on, zeros from slot `slots` on and beyond the dimension, none where there are -1; by
+  /// copies of 16 bytes, 512 neighbouring ones a warp. Closes a group of copies.
   template <int width, int tile>
   __device__ static void copy_by_lanes(unsigned to, const char* rows, int dim, int first, int slots) {
     constexpr unsigned row_chunks = width / 8, copies = tile_bytes(width, tile) / 512, rows_a_copy = tile / copies;
     const unsigned lane = threadIdx.x % 32, chunk = lane % row_chunks;
 #pragma unroll
-    for (unsigned i = 0; i < copies && first < slots; ++i) {
+    for (unsigned i = 0; i < copies && slots >= 0; ++i) {
       const unsigned row = lane / row_chunks + i * rows_a_copy;
       const int slot = first + static_cast<int>(row), channel = static_cast<int>(chunk) * 8;
       const bool there = slot < slots && channel < dim;

@@ -121,7 +121,7 @@ struct TokenAttention {
       newest_slot(look, now, memory, warp_of_team() - stream_warps);
     const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring),
               of = width > 0 ? tile : of_any;
-    TileRing::advance(ring, tile_of(now.slots + of - 1, of), false);
+    TileRing::advance(ring, TileRing::tiles_of_row(now.slots, of), false);
     __syncthreads();
     combine(look, now, memory);
     __syncthreads();

@@ -9,7 +9,7 @@
 
 #include "kernels/emulator/kernels/instructions.cuh"
 #include "kernels/emulator/kernels/launch.cuh"
-#include "kernels/fold_rows.cuh"
+#include "kernels/quotients.cuh"
 #include "tests/parity/cases.hpp"
 #include "tests/parity/made_trace.hpp"
 
@@ -204,7 +204,7 @@ TEST(Emulator, DividesRowsByReciprocalsToTheBit) {
       const float divisor = number(std::max(least, 1u), most);
       float quotients[8];
       std::copy_n(x, 8, quotients);
-      detail::Quotients(divisor).divide(quotients);
+      Quotients(divisor).divide(quotients);
       for (int k = 0; k < 8; ++k)
         ASSERT_EQ(std::bit_cast<unsigned>(quotients[k]), std::bit_cast<unsigned>(x[k] / divisor))
             << x[k] << " / " << divisor;
