@@ -61,9 +61,10 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
+    // Rings and parts of outputs; the probe's parts, queries, lanes; keys and values, full outputs.
     bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
-             ((probes ? 4 : 0) + 2 * query_rows(group, probes)) * query_pitch(width) * 2 + 32 * 16 +  // and lanes
-             input_buffers * (2 * width * 2 + group * value_dim * 4);  // keys and values, full outputs
+             ((probes ? 4 : 0) + 2 * query_rows(group, probes)) * query_pitch(width) * 2 + 32 * 16 +
+             input_buffers * (2 * width * 2 + group * value_dim * 4);
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }
