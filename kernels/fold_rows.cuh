@@ -138,20 +138,11 @@ __device__ void write_channels(Player& player, Head& head, int target, int n, co
       weights[k] += weight;
     }
   }
-  const auto store = [&](void* rows, int dim, float(&row)[step]) {
+  const auto store = [&](void* rows, long at, float(&row)[step]) {
     if constexpr (!bfloat16)
 #pragma unroll
       for (float& each : row) each = round_as(dtype, each);
-    store_channels(rows, elements, static_cast<long>(target) * dim + c, row);
-  };
-  const auto add = [&](float(&row)[step], const float(&added)[step], float own_weight, float divisor) {
-    if (!isfinite(divisor) || divisor == 0) {
-      player.fail(UnitError::bad_divisor, target);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < step; ++k) row[k] = own_weight * row[k] + added[k];
-    Quotients(divisor).divide(row);
+    store_channels(rows, elements, at, row);
   };
   widen_channels(elements, own.key, key), widen_channels(elements, own.value, value);
   if (in_key && moved.key) {
@@ -164,14 +155,24 @@ __device__ void write_channels(Player& player, Head& head, int target, int n, co
         else
           key[k] = (own_weight * key[k] + keys[k]) / divisor;
       }
+    } else if (!isfinite(sum.key_divisor) || sum.key_divisor == 0) {
+      player.fail(UnitError::bad_divisor, target);
     } else {
-      add(key, keys, sum.own_key, sum.key_divisor);
+#pragma unroll
+      for (int k = 0; k < step; ++k) key[k] = sum.own_key * key[k] + keys[k];
+      Quotients(sum.key_divisor).divide(key);
     }
-    store(unit.keys, trace.key_dim, key);
+    store(unit.keys, static_cast<long>(target) * trace.key_dim + c, key);
   }
   if (!in_value || !moved.value) return;
-  add(value, values, sum.own_value, sum.value_divisor);
-  store(unit.values, trace.value_dim, value);
+  if (!isfinite(sum.value_divisor) || sum.value_divisor == 0) {
+    player.fail(UnitError::bad_divisor, target);
+  } else {
+#pragma unroll
+    for (int k = 0; k < step; ++k) value[k] = sum.own_value * value[k] + values[k];
+    Quotients(sum.value_divisor).divide(value);
+  }
+  store(unit.values, static_cast<long>(target) * trace.value_dim + c, value);
 }
 
 /// What a target's rows leave in the books; by one thread.
