@@ -44,7 +44,7 @@ __device__ __noinline__ void Player<P, plain>::compress_copy(Player& p, int buff
     merged = traits.merges;
     if (merged && traits.one_at_a_time && gone > 1) return p.one_by_one(c, going, gone);
     if (merged && gone == 1)
-      p.fold_apart(going[0], window_rows);
+      p.fold_apart(going[0], -1, window_rows);
     else if (merged)
       fold_many(p, h, going, gone);
   }
@@ -82,7 +82,7 @@ __device__ void Player<P, plain>::one_by_one(const DeviceCandidates& c, const in
     const int victim = slot_of_query(tokens[i], size);
     __syncthreads();
     if constexpr (detail::declares_on_merge<P>) {
-      fold_apart(victim);
+      fold_apart(victim, -1);
     }
     drop_one(victim);
   }

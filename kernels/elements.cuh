@@ -131,6 +131,15 @@ __device__ void each_eight_ahead(F& f, int dim, Rows... rows) {
   }
 }
 
+/// Rows in device memory, one of which may lie in shared memory as well: it was written so lately that reading it would wait.
+struct DeviceRows {
+  const void* rows = nullptr;
+  const void* late_row = nullptr;
+  long late = -1;
+  DeviceRows() = default;
+  __host__ __device__ DeviceRows(const void* all) : rows(all) {}  // NOLINT(google-explicit-constructor)
+};
+
 /// One key or value in device memory: policies/views.hpp's Row for hooks on the GPU.
 struct DeviceRow {
   const void* data;
@@ -154,8 +163,23 @@ struct DeviceRow {
       for (int first = 0; first < dim; first += 8) call_with_eight(f, first, min(8, dim - first), *this, others...);
   }
   __device__ EightsOfRow eights() const { return {data, elements}; }
-  __host__ __device__ static DeviceRow at(const void* rows, Dtype elements, long index, int dim) {
-    return {static_cast<const char*>(rows) + index * dim * bytes_of(elements), dim, elements};
+  using Rows = DeviceRows;
+  __host__ __device__ static DeviceRow at(const Rows& rows, Dtype elements, long index, int dim) {
+    const void* const there = static_cast<const char*>(rows.rows) + index * dim * bytes_of(elements);
+    return {index == rows.late ? rows.late_row : there, dim, elements};
+  }
+};
+
+/// A row that is known to be of bfloat16, its dimension a multiple of eight: hooks need no code for any others.
+struct PlainRow : DeviceRow {
+  __host__ __device__ PlainRow(const DeviceRow& row) : DeviceRow(row) {}  // NOLINT(google-explicit-constructor)
+  __host__ __device__ float operator[](int c) const { return load_element(data, Dtype::bfloat16, c); }
+  __device__ static constexpr bool in_eights() { return true; }
+  __device__ void load_eight(int c, float (&x)[8]) const { kv::load_eight(data, Dtype::bfloat16, c, x); }
+  __device__ void eight(int first, float (&x)[8]) const { load_eight(first, x); }
+  __device__ EightsOfRow eights() const { return {data, Dtype::bfloat16}; }
+  __host__ __device__ static PlainRow at(const Rows& rows, Dtype, long index, int dim) {
+    return DeviceRow::at(rows, Dtype::bfloat16, index, dim);
   }
 };
 

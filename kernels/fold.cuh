@@ -28,25 +28,36 @@ __device__ __noinline__ inline void count_as_if_merged(const Play& play, int cli
 /// What a fold leaves in the books; by one thread.
 template <class Player>
 __device__ void book_fold(Player& player, const Fold& plan, int victim) {
-  const Unit& unit = player.unit;
-  unit.multiplicity[plan.target] += unit.multiplicity[victim];
-  unit.parent[unit.token[victim]] = unit.token[plan.target];
+  const Unit& unit =
+      player.unit;  // all is read before the first store, after which the compiler would have to read it anew
+  const int target = plan.target, clip = player.traits().clip;
+  int *const tokens_of = unit.multiplicity + target, *const parent = unit.parent + unit.token[victim];
+  const int adopter = unit.token[target], tokens = *tokens_of + unit.multiplicity[victim];
+  *tokens_of = tokens, *parent = adopter;
   if constexpr (detail::declares_on_fold<typename Player::PolicyType>)
-    player.policy.on_fold(player.state(plan.target), player.state(victim), plan);
-  detail::clip_count(player, plan.target, player.traits().clip);
+    player.policy.on_fold(player.state(target), player.state(victim), plan);
+  if (clip > 0) detail::clip_count(player, target, clip);
   detail::keep_note(player, plan);
   ++player.progress.merges;
   player.progress.lost = 1;
 }
 
+/// Whether a victim of this policy can leave the books while its target's rows are written: no hook looks at them then.
+template <class P>
+constexpr bool leaves_in_fold =
+    !detail::declares_key_weight<P> && !detail::declares_on_target<P> && !detail::declares_on_evict<P>;
+
 /// Folds one victim into its target or targets; a policy that folds one at a time may fold into slots that go later. The
 /// clerk plans and keeps the books; one target's channels are dealt over all threads, many targets over all warps. Needs and
-/// gives a barrier, but for the clerk's books. Returns the target, -1 when there is none, `many_targets` when there are
-/// several.
+/// gives a barrier, but for the clerk's books. Returns the target, -1 when there is none, `many_targets` when there are several.
+/// `gap`: the victim's rank, where leaves_in_fold and it leaves the books as well, which then are closed behind one target's
+/// barrier, else ask for one; or -1.
 constexpr int many_targets = -2;
 template <class Player, class Head>
-__device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) {
-  constexpr bool by_channel = detail::declares_key_weight<typename Player::PolicyType>;
+__device__ __forceinline__ int fold_one(Player& player, Head& head, int victim, int gap) {
+  using P = typename Player::PolicyType;
+  constexpr bool by_channel = detail::declares_key_weight<P>, adjusts = detail::declares_on_target<P>;
+  const int thread = static_cast<int>(threadIdx.x);
   const Unit& unit = player.unit;
   Fold& plan = player.fixed.plan;
   const bool any_slot = player.traits().one_at_a_time;
@@ -55,8 +66,8 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
     return plan;
   };
   const auto sum_at = [&](int slot) {
-    FoldTarget sum = detail::sum_of<by_channel>(player, slot, 1, only);
-    if constexpr (detail::declares_on_target<typename Player::PolicyType>) player.policy.on_target(head, slot, sum);
+    FoldTarget sum = detail::sum_of<by_channel, adjusts>(player, slot, 1, only);
+    if constexpr (adjusts) player.policy.on_target(head, slot, sum);
     return sum;
   };
   if (player.is_clerk()) {
@@ -70,32 +81,60 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
   }
   __syncthreads();
   const int target = plan.target, spread = plan.spread;
-  if (target < 0) return -1;
-  if (spread == 1) {
-    detail::write_rows<1>(player, head, target, 1, sum_at(target), only, team_threads);
+  const bool leaves = leaves_in_fold<P> && gap >= 0;
+  const auto leave = [&](bool adopted) {
+    if (!leaves) return;
+    player.close_gap(victim, gap, thread, team_threads);
+    if (player.is_clerk()) player.book_removal(victim, adopted);
+  };
+  if (target < 0) {
+    leave(false);
+    return -1;
+  }
+  if (spread == 1 && leaves) {
+    constexpr int writers = 32 * stream_warps, clerks = writers + 32;
+    if (thread < writers) {
+      detail::write_rows<1>(
+          player, head, target, 1, [&] { return sum_at(target); }, only, writers);
+      if constexpr (copies_boxes) written_to_device();
+    } else if (thread >= clerks) {
+      player.close_gap(victim, gap, thread - clerks, team_threads - clerks);
+    } else if (player.is_clerk()) {
+      book_fold(player, plan, victim);
+      player.book_removal(victim, true);
+    }
     __syncthreads();
-    if (player.is_clerk()) book_fold(player, plan, victim);
     return target;
   }
+  if constexpr (!(leaves_in_fold<P> &&
+                  Player::of_plain_rows))  // else it takes a compression of many that folds only one
+    if (spread == 1) {
+      detail::write_rows<1>(
+          player, head, target, 1, [&] { return sum_at(target); }, only, team_threads);
+      __syncthreads();
+      if (player.is_clerk()) book_fold(player, plan, victim);
+      return target;
+    }
   const auto each_target = [&](auto f) {  // f(i, slot) of every slot that receives, by the warp that owns it
     int left = spread, i = 0;
     for (int place = unit.rank[target]; left > 0 && place < player.size; ++place) {
       const int slot = unit.order[place];
       if ((!any_slot && !unit.stays[slot]) || slot == victim) continue;
       --left;
-      if (i % team_warps == static_cast<int>(threadIdx.x / 32)) f(i, slot);
+      if (i % team_warps == thread / 32) f(i, slot);
       ++i;
     }
   };
   each_target([&](int i, int slot) {
     const FoldTarget sum = sum_at(slot);
-    if (threadIdx.x % 32 == 0) unit.targets[i] = sum;
+    if (thread % 32 == 0) unit.targets[i] = sum;
   });
   __syncthreads();
   each_target([&](int i, int slot) { detail::write_target(player, head, slot, 1, unit.targets[i], only, 32); });
   __syncthreads();
   if (player.is_clerk()) book_fold(player, plan, victim);
   __syncthreads();
+  leave(true);
   return many_targets;
 }
 
@@ -103,7 +142,8 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim) 
 /// carries state over. start[k] is where k's list begins, `base` of them elsewhere; afterwards where it ends.
 template <class Player, class Head>
 __device__ void fold_range(Player& player, Head& head, const int* going, int gone, int from, int to, int base) {
-  constexpr bool by_channel = detail::declares_key_weight<typename Player::PolicyType>;
+  using P = typename Player::PolicyType;
+  constexpr bool by_channel = detail::declares_key_weight<P>, adjusts = detail::declares_on_target<P>;
   const Unit& unit = player.unit;
   const BlockTeam team = player.team;
   const int *kept_place = unit.work[1], *kept_slot = unit.work[2];
@@ -152,9 +192,8 @@ __device__ void fold_range(Player& player, Head& head, const int* going, int gon
   __syncthreads();
   team.for_each(receivers, [&](int i) {
     const int k = receiving[i], size = members(k, begin);
-    FoldTarget sum = detail::sum_of<by_channel>(player, kept_slot[k], size, plan_at(begin, list[begin]));
-    if constexpr (detail::declares_on_target<typename Player::PolicyType>)
-      player.policy.on_target(head, kept_slot[k], sum);
+    FoldTarget sum = detail::sum_of<by_channel, adjusts>(player, kept_slot[k], size, plan_at(begin, list[begin]));
+    if constexpr (adjusts) player.policy.on_target(head, kept_slot[k], sum);
     unit.targets[k] = sum;
   });
   __syncthreads();

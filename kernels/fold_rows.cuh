@@ -44,11 +44,11 @@ __device__ inline void keep_note(const Play& play, const Fold& plan) {
   if (at < play.trace.tokens) play.unit.notes[at] = plan.note;
 }
 
-/// The sums of one target over its victims victim(0 .. n), not yet adjusted.
-template <bool by_channel, class Plan>
+/// The sums of one target over its victims victim(0 .. n), not yet adjusted. `counts`: tokens as well, for on_target.
+template <bool by_channel, bool counts, class Plan>
 __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) {
   FoldTarget sum;
-  sum.multiplicity = play.unit.multiplicity[target];
+  if (counts) sum.multiplicity = play.unit.multiplicity[target];
   for (int i = 0; i < n; ++i) {
     int victim;
     const Fold& plan = plan_of(i, victim);
@@ -57,7 +57,7 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
       sum.key_divisor = sum.own_key, sum.value_divisor = sum.own_value;
     }
     ++sum.victims;
-    sum.multiplicity += play.unit.multiplicity[victim];
+    if (counts) sum.multiplicity += play.unit.multiplicity[victim];
     sum.extra += plan.extra;
     sum.value += plan.value, sum.value_divisor += plan.value;
     if (!by_channel) sum.key += plan.key, sum.key_divisor += plan.key;
@@ -185,28 +185,33 @@ __device__ void book_rows(Player& player, int target, const FoldTarget& sum, con
   if (moved.value && !balanced) count(player.progress.unbalanced);
 }
 
-/// Writes a target's key and value, `step` channels at a time by each of `lanes` neighbouring threads.
-template <int step, bool bfloat16 = false, class Player, class Head, class Plan>
-__device__ void write_rows(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
-                           int lanes) {
+/// Writes a target's key and value, `step` channels at a time by each of `lanes` neighbouring threads: whole warps or some of one.
+/// sum_of_target() is asked for while rows are on their way.
+template <int step, bool bfloat16 = false, class Player, class Head, class Sum, class Plan>
+__device__ void write_rows(Player& player, Head& head, int target, int n, Sum sum_of_target, Plan plan_of, int lanes) {
   const TraceData& trace = player.trace;
   const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements();
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   RowsMoved moved;
-  for (int c = step * lane; c < max(trace.key_dim, trace.value_dim); c += step * lanes) {
+  FoldTarget sum;
+  const int channels = max(trace.key_dim, trace.value_dim), beyond = step * (lane % 32);  // warps go together
+  for (int c = step * lane; c - beyond < channels; c += step * lanes) {
     int victim;
     const Fold& plan = plan_of(0, victim);
     const auto rows_of = [&](int slot) { return SlotRows<step>::of(player.unit, trace, elements, slot, c); };
-    const SlotRows<step> own = rows_of(target);  // before it is known whether they move
-    write_channels<step, bfloat16>(player, head, target, n, sum, plan_of, c, own,
-                                   {victim, rows_of(victim), plan.key, plan.value}, moved);
+    const SlotRows<step> own = rows_of(target), first = rows_of(victim);  // before it is known whether they move
+    if (lanes > 32) __syncwarp();                                         // or the compiler puts loads off
+    if (c == step * lane) sum = sum_of_target();
+    write_channels<step, bfloat16>(player, head, target, n, sum, plan_of, c, own, {victim, first, plan.key, plan.value},
+                                   moved);
   }
   if (lane == 0) book_rows(player, target, sum, moved);
 }
 
 template <class Player, class Head, class Plan>
-__device__ void write_target(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
+__device__ void write_target(Player& player, Head& head, int target, int n, const FoldTarget& known, Plan plan_of,
                              int lanes) {
+  const auto sum = [&]() -> const FoldTarget& { return known; };
   constexpr bool by_channel = declares_key_weight<typename Player::PolicyType>;
   if constexpr (!by_channel)
     if (folds_in_eights<by_channel>(player)) {

@@ -98,7 +98,7 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
     if (keeps && key < nearest) nearest = key, at = slot;
   };
   if constexpr (detail::declares_receives<P>) {  // few do: a warp a slot
-    const auto dot = [](DeviceRow a, DeviceRow b) { return WarpRows{}.dot(a, b); };
+    const auto dot = [](auto a, auto b) { return WarpRows{}.dot(a, b); };
     const float own_norm = norm(victim, dot);
     const int lane = static_cast<int>(threadIdx.x % 32), n = player.size;
     for (int first = static_cast<int>(threadIdx.x) - lane; first < n; first += team_threads) {

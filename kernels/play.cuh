@@ -26,9 +26,8 @@ struct Fixed {
   const TileMaps* maps;
   int unit_index;
   Progress progress;
-  Fold plan;      // of the one victim of a step
-  void* home[8];  // where StepRecords gives arrays back to; null for those that stayed or need not
-  float* home_vector;
+  Fold plan;        // of the one victim of a step
+  void* home[10];   // where StepRecords gives arrays back to; null for those that stayed or need not
   float* logits;    // [group][logit_stride] of the latest row, where anybody asks for them
   long long clock;  // when the phase under way began
   int logit_stride;
@@ -266,15 +265,19 @@ struct Play {
           if (s != victim) rank[slot] = place, order[place] = slot;
         });
   }
-  /// The books of the same; by the clerk, who knows all that he books. `merges`: tokens may stand for others, or be adopted.
-  __device__ void book_removal(int victim, bool merges) const {
+  /// The books of the same; by the clerk, who knows all that he books. `merges`: tokens may stand for others; `adopted`: the victim
+  /// has joined one.
+  __device__ void book_removal(int victim, bool merges, bool adopted) const {
     const int last = size - 1, gone = unit.token[victim], token = unit.token[last];
+    int *const token_at = unit.token + victim, *const parent_at = unit.parent + gone;  // all before the first store
+    int* const multiplicity_at = unit.multiplicity + victim;
+    int* const rotated_at = absolute() ? nullptr : unit.rotated_at + victim;
     const int multiplicity = merges ? unit.multiplicity[last] : 1;
-    if (!merges || unit.parent[gone] == gone) unit.parent[gone] = -2 - now;  // nobody adopted it: lost
+    if (!adopted) *parent_at = -2 - now;  // lost
     if (victim == last) return;
-    unit.token[victim] = token;
-    if (merges) unit.multiplicity[victim] = multiplicity;
-    if (!absolute()) unit.rotated_at[victim] = -1;
+    *token_at = token;
+    if (merges) *multiplicity_at = multiplicity;
+    if (rotated_at) *rotated_at = -1;
   }
   /// A slot's rows, by one warp.
   __device__ __forceinline__ void write_rows_of(int slot, const void* key, const void* value) const {

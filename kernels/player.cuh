@@ -12,10 +12,11 @@ namespace kv {
 template <class P, bool plain = false>
 struct Player : Play {
   using PolicyType = P;
+  static constexpr bool of_plain_rows = plain;
   using Slot = typename P::Slot;
   using Scratch = typename P::Scratch;
   using HeadState = typename P::HeadState;
-  using Head = HeadView<Slot, HeadState, Scratch, DeviceRow>;
+  using Head = HeadView<Slot, HeadState, Scratch, std::conditional_t<plain, PlainRow, DeviceRow>>;
 
   const P& policy;           // in shared memory; loops over slots take a copy
   bool probe_known = false;  // head.probe() of every slot, from the row just attended
@@ -103,18 +104,22 @@ struct Player : Play {
       if (rotated_at) *rotated_at = -1;
     }
     __syncwarp();
-    if constexpr (detail::declares_on_append<P>) row_hook(fixed, policy, size, now, phase, block, slot, true);
+    if constexpr (detail::declares_on_append<P>) row_hook(fixed, policy, size, now, phase, block, slot, key, value);
   }
-  /// on_append or on_evict of one slot, by one warp. Not inlined, and of few words, so that the caller's stay in registers.
+  /// on_append of one slot, whose rows are `key` and `value`, or on_evict, by one warp. Not inlined, and of few words, so that the
+  /// caller's stay in registers.
   static __device__ __noinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
-                                               int slot, bool appends) {
+                                               int slot, const void* key = nullptr, const void* value = nullptr) {
     Player player(fixed, policy);
     player.size = size, player.now = now, player.phase = phase, player.block = block;
     Head h = player.head();
     if constexpr (detail::declares_on_append<P>)
-      if (appends) policy.on_append(WarpRows{}, h, slot);
+      if (key) {
+        h.keys_.late_row = key, h.values_.late_row = value, h.keys_.late = h.values_.late = slot;
+        policy.on_append(WarpRows{}, h, slot);
+      }
     if constexpr (detail::declares_on_evict<P>)
-      if (!appends) policy.on_evict(WarpRows{}, h, slot);
+      if (!key) policy.on_evict(WarpRows{}, h, slot);
     __syncwarp();
   }
 
@@ -185,11 +190,11 @@ struct Player : Play {
     if (slots.info.group <= stream_heads) return slots.template observe<stream_heads>(mine, size, nothing_else);
     Player player(fixed, policy);
     player.size = size, player.now = now, player.phase = phase, player.block = block;
-    player.team.for_each(size, [&](int s) {
+    for (int s = SlotLoop<P>::first_slot(); s < size; s += team_threads) {
       float* sums = player.unit.sums + static_cast<long>(s) * player.trace.group;
       for (int g = 0; g < player.trace.group; ++g) sums[g] = player.weighed(s, g, false, 0);
       policy.on_attention(player.view(s), Observed{sums, 1, player.trace.group});
-    });
+    }
   }
 
   /// unit.sums of the row just attended, added to what is there (`first`: instead of it).
@@ -249,10 +254,11 @@ struct Player : Play {
       return 0;
   }
 
-  /// Makes sure that a slot whose score is forgotten is found out.
+  /// Makes sure that a slot whose score is forgotten is found out: of a thread's own slots, whose logits may lie there and have been
+  /// looked at.
   static __device__ void forget_scores(const Fixed& f, int size) {
     float* const score = f.unit.score;
-    BlockTeam{nullptr}.for_each(size, [&](int s) { score[s] = NAN; });
+    for (int s = SlotLoop<P>::first_slot(); s < size; s += team_threads) score[s] = NAN;
   }
   /// Fills unit.score. Gives a barrier. `forgotten`: forget_scores() is done, and a barrier passed.
   __device__ void score(int window_rows, bool forgotten = false) const {
@@ -300,32 +306,36 @@ struct Player : Play {
 
   __device__ void drop_one(int victim) {
     const int last = size - 1, gap = unit.rank[victim];
+    const bool adopted = is_clerk() && unit.parent[unit.token[victim]] != unit.token[victim];
     __syncthreads();
-    let_go(victim, gap, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim), fixed.tile);
+    let_go(victim, gap, at(unit.keys, last, trace.key_dim), at(unit.values, last, trace.value_dim), fixed.tile,
+           adopted);
     __syncthreads();
   }
 
   /// `key` and `value`: the last slot's rows, which take the victim's place. `gap`: the victim's rank, read before the last
   /// barrier; -1 leaves order and rank behind, for find_order() to make again. One must follow: but the clerk knows all that
-  /// he books, and the warp that streams the slot has its row. `tile` as patch() has it.
-  __device__ void let_go(int victim, int gap, const void* key, const void* value, int tile) {
+  /// he books, and the warp that streams the slot has its row. `tile` as patch() has it; `adopted`: the victim has joined another.
+  __device__ void let_go(int victim, int gap, const void* key, const void* value, int tile, bool adopted) {
     if constexpr (detail::declares_on_evict<P>) {
-      if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim, false);
+      if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim);
       __syncthreads();
     }
     if (gap >= 0) close_gap(victim, gap, static_cast<int>(threadIdx.x), team_threads);
-    if (is_clerk()) book_removal(victim);
+    if (is_clerk()) book_removal(victim, adopted);
     take_place(victim, key, value, tile);
   }
   /// Play::book_removal, and the policy's data.
-  __device__ void book_removal(int victim) const {
+  __device__ void book_removal(int victim, bool adopted) const {
     constexpr bool merges = detail::declares_on_merge<P>;  // else all stand for themselves
     const int last = size - 1;
-    const Slot moves = state(last);
-    Play::book_removal(victim, merges);
-    if (victim != last) state(victim) = moves;
-    if (victim != last) unit.stays[victim] = unit.stays[last];
-    unit.stays[last] = 1;
+    Slot* const states = &state(0);
+    std::uint8_t* const stays = unit.stays;
+    const Slot moves = states[last];
+    const std::uint8_t stayed = stays[last];
+    Play::book_removal(victim, merges, adopted);
+    if (victim != last) states[victim] = moves, stays[victim] = stayed;
+    stays[last] = 1;
   }
 
   /// find_nearest_to() of one victim. Not inlined, and of few words.
@@ -339,18 +349,18 @@ struct Player : Play {
 
   /// Folds one victim, as fold_one() does. Not inlined, and of few words.
   static __device__ __noinline__ int fold_victim(Fixed& fixed, const P& policy, int size, int now, Phase phase,
-                                                 int block, int victim, int rows) {
+                                                 int block, int victim, int gap, int rows) {
     if constexpr (detail::declares_on_merge<P>) {
       Player player(fixed, policy);
       player.size = size, player.now = now, player.phase = phase, player.block = block;
       Head h = player.head(rows);
-      return fold_one(player, h, victim);
+      return fold_one(player, h, victim, gap);
     }
     return -1;
   }
   /// The same, and rings know of it. Returns the target, as fold_one().
-  __device__ int fold_apart(int victim, int rows = 1) {
-    const int target = fold_victim(fixed, policy, size, now, phase, block, victim, rows);
+  __device__ int fold_apart(int victim, int gap, int rows = 1) {
+    const int target = fold_victim(fixed, policy, size, now, phase, block, victim, gap, rows);
     if (target >= 0) row_changed(target);
     if (target == many_targets) ring.running = false;
     return target;

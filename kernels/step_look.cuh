@@ -91,15 +91,15 @@ class StepLook : protected Stages<P, (width > 0)> {
 
   /// The policy's vector to where the stream of a token's row finds it; by one warp.
   __device__ void place_probe(int token) const {
-    const int dk = p_.trace.key_dim, dv = p_.trace.value_dim;
+    const int dk = p_.trace.key_dim;
     unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
     if constexpr (plain)
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, queries + p_.trace.group * query_pitch(width) / 2,
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, width, queries + p_.trace.group * query_pitch(width) / 2,
                                  Probing::among_queries);
     else if (p_.trace.elements == Dtype::float16)
-      split_probe<__half>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+      split_probe<__half>(p_.unit.vector, dk, stream_width(), p_.row.stream.probe, Probing::apart);
     else
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, dv, p_.row.stream.probe, Probing::apart);
+      split_probe<__nv_bfloat16>(p_.unit.vector, dk, stream_width(), p_.row.stream.probe, Probing::apart);
   }
 
   /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.

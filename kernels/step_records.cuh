@@ -19,27 +19,54 @@ KV_HD bool keeps_logits(const Traits& traits, const PlaySettings& settings) {
   return detail::declares_on_attention<P> || traits.observation_window > 0 || settings.mass;
 }
 
-/// Calls f(bytes of one slot, where the unit keeps the array, whether it outlives a step) for the arrays of slots that steps of
-/// this policy read, what matters most first. `unit` may be null to learn the sizes.
+/// An array that steps read: its bytes for a slot, or for the head; and whether it outlives a step.
+struct Record {
+  int of_slot, of_head;
+  bool lasts;
+  KV_HD int bytes(int slots) const { return of_slot * slots + of_head; }
+};
+
+/// Calls f(record, where the unit keeps it) for what steps of this policy read, what matters most first. `unit` may be null to
+/// learn the sizes.
 template <class P, class F>
-KV_HD void for_each_record(const Traits& traits, const PlaySettings& settings, Unit* unit, F f) {
+KV_HD void for_each_record(const Traits& traits, const PlaySettings& settings, int key_dim, Unit* unit, F f) {
   const bool merges = detail::declares_on_merge<P> && traits.merges, places = !goes_without_places<P>(traits, settings);
-  const auto at = [&](auto Unit::*member) { return unit ? reinterpret_cast<void**>(&(unit->*member)) : nullptr; };
-  if (!std::is_empty_v<typename P::Slot>) f(static_cast<int>(sizeof(typename P::Slot)), at(&Unit::state), true);
-  f(4, at(&Unit::token), true);
-  if (traits.key_probe) f(4, at(&Unit::probe), false);
-  if (detail::declares_log_bias<P>) f(4, at(&Unit::bias), false);
-  if (places) f(4, at(&Unit::rank), true), f(4, at(&Unit::order), true);
-  if (merges) f(1, at(&Unit::stays), true);
-  if (merges || detail::declares_log_bias<P>) f(4, at(&Unit::multiplicity), true);
+  const auto give = [&](Record record, auto Unit::*member) {
+    f(record, unit ? reinterpret_cast<void**>(&(unit->*member)) : nullptr);
+  };
+  const auto of_slots = [&](auto Unit::*member, bool lasts = true) { give({4, 0, lasts}, member); };
+  if (traits.key_probe) give({0, key_dim * 4, true}, &Unit::vector);
+  if (!std::is_empty_v<typename P::HeadState>)
+    give({0, static_cast<int>(sizeof(typename P::HeadState)), true}, &Unit::head_state);
+  if (!std::is_empty_v<typename P::Slot>) give({static_cast<int>(sizeof(typename P::Slot)), 0, true}, &Unit::state);
+  of_slots(&Unit::token);
+  if (traits.key_probe) of_slots(&Unit::probe, false);
+  if (detail::declares_log_bias<P>) of_slots(&Unit::bias, false);
+  if (places) of_slots(&Unit::rank), of_slots(&Unit::order);
+  if (merges) give({1, 0, true}, &Unit::stays);
+  if (merges || detail::declares_log_bias<P>) of_slots(&Unit::multiplicity);
 }
 
-/// Bytes of shared memory that the records of `slots` slots, a row's logits if anybody asks, and the policy's key vector would take.
+/// The same for what a compression works with, in the place of a row's logits: all have looked at these by then, unless they are
+/// what a window has seen.
+template <class P, class F>
+__device__ void for_each_working_record(const Traits& traits, Unit& unit, F f) {
+  const auto give = [&](int of_slot, auto Unit::*member) {
+    f(Record{of_slot, 0, false}, reinterpret_cast<void**>(&(unit.*member)));
+  };
+  if (traits.observation_window > 0) return;
+  if (detail::declares_on_compress<P>) give(4, &Unit::score);  // the first: Player::forget_scores
+  if (detail::declares_on_merge<P>) give(4, &Unit::target);
+  if (!std::is_empty_v<typename P::Scratch>) give(static_cast<int>(sizeof(typename P::Scratch)), &Unit::scratch);
+  if (traits.nearest != Nearest::none) give(4, &Unit::similarity);
+}
+
+/// Bytes of shared memory that the records of `slots` slots, and a row's logits if anybody asks, would take.
 template <class P>
 std::size_t record_bytes(const Traits& traits, const PlaySettings& settings, int group, int key_dim, int slots) {
-  int bytes = (keeps_logits<P>(traits, settings) ? logit_stride(slots) * group * 4 : 0) + key_dim * 4;
-  for_each_record<P>(traits, settings, nullptr,
-                     [&](int of_slot, void**, bool) { bytes += (of_slot * slots + 15) / 16 * 16; });
+  int bytes = keeps_logits<P>(traits, settings) ? logit_stride(slots) * group * 4 : 0;
+  for_each_record<P>(traits, settings, key_dim, nullptr,
+                     [&](Record record, void**) { bytes += (record.bytes(slots) + 15) / 16 * 16; });
   return static_cast<std::size_t>(bytes);
 }
 
@@ -51,24 +78,23 @@ class StepRecords {
   __device__ StepRecords(Fixed& fixed, const Traits& traits, char* memory, int bytes, int slots)
       : fixed_(fixed), traits_(traits), memory_(memory), left_(bytes), slots_(slots) {
     char* at = memory_;
-    if (keeps_logits<P>(traits, fixed.settings) && take(at, fixed.trace.group * logit_stride(slots) * 4) &&
-        threadIdx.x == 0)
-      fixed.logits = reinterpret_cast<float*>(at), fixed.logit_stride = logit_stride(slots);
-    if (threadIdx.x == 0) fixed.home_vector = nullptr;
-    if (traits.key_probe && take(at, fixed.trace.key_dim * 4)) {
-      float* const vector = fixed.unit.vector;
-      for (int i = static_cast<int>(threadIdx.x); i < fixed.trace.key_dim; i += team_threads)
-        reinterpret_cast<float*>(at)[i] = vector[i];
-      __syncthreads();
-      if (threadIdx.x == 0) fixed.home_vector = vector, fixed.unit.vector = reinterpret_cast<float*>(at);
+    const int logit_bytes = fixed.trace.group * logit_stride(slots) * 4;
+    if (keeps_logits<P>(traits, fixed.settings) && take(at, logit_bytes)) {
+      if (threadIdx.x == 0) fixed.logits = reinterpret_cast<float*>(at), fixed.logit_stride = logit_stride(slots);
+      char* const end = at + logit_bytes;
+      for_each_working_record<P>(traits, fixed.unit, [&](Record record, void** array) {
+        if (at + record.bytes(slots) > end) return;
+        if (threadIdx.x == 0) *array = at;
+        at += (record.bytes(slots) + 15) / 16 * 16;
+      });
     }
     int i = 0;
-    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array, bool lasts) {
+    for_each_record<P>(traits_, fixed_.settings, fixed_.trace.key_dim, &fixed_.unit, [&](Record record, void** array) {
       void* const home = *array;
-      const bool moves = take(at, of_slot * slots_);
-      if (moves && lasts) copy(at, home, of_slot * fixed_.progress.size);
+      const bool moves = take(at, record.bytes(slots_));
+      if (moves && record.lasts) copy(at, home, record.bytes(fixed_.progress.size));
       __syncthreads();
-      if (threadIdx.x == 0) fixed_.home[i] = moves && lasts ? home : nullptr, *array = moves ? at : home;
+      if (threadIdx.x == 0) fixed_.home[i] = moves && record.lasts ? home : nullptr, *array = moves ? at : home;
       ++i;
     });
     __syncthreads();
@@ -76,12 +102,9 @@ class StepRecords {
 
   /// Back to where the unit keeps them. Needs a barrier before.
   __device__ void give_back(int size) const {
-    if (fixed_.home_vector)
-      for (int i = static_cast<int>(threadIdx.x); i < fixed_.trace.key_dim; i += team_threads)
-        fixed_.home_vector[i] = fixed_.unit.vector[i];
     int i = 0;
-    for_each_record<P>(traits_, fixed_.settings, &fixed_.unit, [&](int of_slot, void** array, bool) {
-      if (fixed_.home[i]) copy(fixed_.home[i], *array, of_slot * size);
+    for_each_record<P>(traits_, fixed_.settings, fixed_.trace.key_dim, &fixed_.unit, [&](Record record, void** array) {
+      if (fixed_.home[i]) copy(fixed_.home[i], *array, record.bytes(size));
       ++i;
     });
   }

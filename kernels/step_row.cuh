@@ -119,7 +119,8 @@ class StepRow : protected StepLook<P, width> {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
-        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles);
+        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles,
+                                                                               p_.warp, p_.row.log_sums_of(p_.warp));
         stream.run(p_.ring);
         stream.store();
       };
@@ -136,7 +137,8 @@ class StepRow : protected StepLook<P, width> {
 
   static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                                   Ring ring, int kept_tiles) {
-    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles).start(ring);
+    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles, warp_of_team())
+        .start(ring);
   }
 
   /// What the warps that do not stream do for steps to come, which must await the copies; and for the one before, unless rows

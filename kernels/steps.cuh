@@ -142,7 +142,7 @@ class Steps : StepRow<P, width, tile> {
       p_.close_gap(victim, gap, static_cast<int>(threadIdx.x) - streaming_threads, serving_threads);
       named_wait(serving, serving_threads);
     }
-    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim);
+    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
     --p_.size;
     return true;
   }
@@ -243,23 +243,27 @@ class Steps : StepRow<P, width, tile> {
     const void *key = inputs().key(token), *value = inputs().value(token);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
     const int gap = placeless_ ? -1 : p_.unit.rank[victim];
-    bool newest_folded = false;
+    constexpr bool leaves = leaves_in_fold<P>;
+    bool newest_folded = false, adopted = false, closed = false;
     if (merges()) {
       if (p_.is_clerk()) p_.unit.stays[victim] = 0, p_.unit.target[victim] = -1;
       if (p_.traits().nearest != Nearest::none)
         Played::find_nearest_apart(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim);
-      const int target = p_.fold_apart(victim);
-      newest_folded = target == last || target == many_targets;
+      const int target = p_.fold_apart(victim, leaves ? gap : -1);
+      newest_folded = target == last || target == many_targets, adopted = target != -1, closed = leaves && target >= 0;
     } else {
       if (p_.is_clerk()) ++p_.progress.evictions;
       if (!placeless_ && !detail::declares_on_evict<P>) __syncthreads();
     }
     if (newest_folded)
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
-    p_.let_go(victim, gap, key, value, stream_tile());
+    if (leaves && merges())
+      p_.take_place(victim, key, value, stream_tile());
+    else
+      p_.let_go(victim, gap, key, value, stream_tile(), adopted);
     if (p_.is_clerk()) ++p_.progress.compressions;
-    if (copies_boxes && merges()) written_to_device();  // rows that the fold wrote
-    if (newest_folded || gap >= 0 || detail::declares_log_bias<P>)
+    if (copies_boxes && merges() && !closed) written_to_device();  // rows that the fold wrote
+    if (newest_folded || (!closed && (gap >= 0 || detail::declares_log_bias<P>)))
       __syncthreads();  // the clerk's next row and place go where the newest ones were read, and biases read his books
   }
 
@@ -321,10 +325,10 @@ class Steps : StepRow<P, width, tile> {
         rank(s, score, slot_token);
     };
     const auto look_at_slot = [&](int s, int slot_token) { look_at(s, slot_token, p_.seen_in_window(head, s)); };
-    if (detail::declares_on_compress<P>) Played::forget_scores(p_.fixed, p_.size);
     constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
     const bool before = observes && (window || compares || !at_once);
     if (before) p_.observe_row();
+    if (detail::declares_on_compress<P>) Played::forget_scores(p_.fixed, p_.size);
     if (detail::declares_on_compress<P> || before) __syncthreads();
     observes = observes && !before;
     if constexpr (detail::declares_on_compress<P>) p_.score(1, true);

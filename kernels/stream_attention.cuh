@@ -25,15 +25,17 @@ class Stream : TileRing {
   static constexpr unsigned half_bytes = TileRing::half_bytes(tile), tile_bytes = TileRing::tile_bytes(width, tile);
   static constexpr float headroom = 8 * ln_2;  // probabilities may grow to 2^8 before sums are scaled anew
 
-  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` as well.
+  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` and `warp`, the thread's, as
+  /// well. `last_log_sums`: of plain rows, those of the last one, head by head.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                    const StreamSource& from, int kept_tiles)
+                                    const StreamSource& from, int kept_tiles, int warp,
+                                    const float* last_log_sums = nullptr)
       : look_(look),
         now_(now),
         memory_(memory),
         from_(from),
         unit_(same_in_warp(from.unit)),
-        warp_(warp_of_team()),
+        warp_(warp),
         tiles_(same_in_warp(tiles_of_row(now.slots, tile))),
         changed_(same_in_warp(now.changed < 0 ? -1 : tile_of(now.changed, tile))),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tile_of(now.slots, tile)
@@ -51,13 +53,11 @@ class Stream : TileRing {
     // The words of four heads' probabilities take the columns of eight, which see the same queries.
     const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
     query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
-    if constexpr (plain)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int head_here = both_at_once_ ? (head() + e) % 4 : head() + e;
-        const SoftmaxPart last = memory.parts[head_here * softmax_parts + warp_];
-        most_[e] = head_here < look.group ? (last.most + log2_fast(last.sum)) * ln_2 : INFINITY;
-      }
+    row_ = static_cast<int>(mine.w);
+    if (!plain || !last_log_sums) return;
+    const int first = both_at_once_ ? head() % 4 : head();
+    const float2 last = *reinterpret_cast<const float2*>(last_log_sums + first);
+    most_[0] = first < look.group ? last.x : INFINITY, most_[1] = first + 1 < look.group ? last.y : INFINITY;
   }
 
   /// Copies this warp's first tile, unless its ring holds it.
@@ -69,9 +69,10 @@ class Stream : TileRing {
 
   /// The whole row: this warp's tiles, after start(). store() and TileRing::advance() must follow.
   __device__ __forceinline__ void run(const Ring& ring) {
-    bool first = true, held = same_in_warp(static_cast<int>(holds_first(ring, tiles_))) != 0;
-    const bool down = held && same_in_warp(static_cast<int>(ring.down)) != 0;
+    const int way = same_in_warp(!holds_first(ring, tiles_) ? 0 : ring.down ? 2 : 1);
     unsigned turn = same_in_warp(ring.turns);
+    const bool down = way == 2;
+    bool first = true, held = way > 0;
     bool keys_there = held || has_landed<true>(landed_, turn);  // asked for early: the answer takes a while
     int at = first_tile(down, tiles_, warp_);
 #pragma unroll 1
@@ -242,7 +243,7 @@ class Stream : TileRing {
           for (int h = 0; h < 2; ++h) keep_logits(which * tile + m * 16 + h * 8, x[m][2 * h], x[m][2 * h + 1]);
       }
       if constexpr (plain && biased) {
-        const float* const bias = look_.bias + which * tile + row();
+        const float* const bias = look_.bias + which * tile + row_;
 #pragma unroll
         for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
@@ -388,6 +389,7 @@ class Stream : TileRing {
   const int next_logits_;  // from there to the next head's; 0 beyond the group
   const unsigned ring_, landed_;
   unsigned query_, key_at_, value_at_;  // where this lane's rows begin
+  int row_;                             // row(), for what is done in every tile
   float output_[channel_blocks][4] = {};
   // What exponents are relative to: before a plain row's first tile, the last row's log-sum-exps. Others begin anew: a row that
   // comes again, as oracles take it back, gives the same numbers.

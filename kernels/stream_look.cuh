@@ -113,9 +113,10 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
 /// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
 /// queries. By one warp; a barrier must follow.
 template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int value_dim, unsigned* words, Probing where) {
-  const int width = stream_width(key_dim, value_dim), pitch = query_pitch(width) / 2;
-  for (int i = static_cast<int>(threadIdx.x % 32); i < width / 2; i += 32) {
+__device__ void split_probe(const float* vector, int key_dim, int width, unsigned* words, Probing where) {
+  const int pitch = query_pitch(width) / 2;
+  for (int turn = 0; turn < width / 64; ++turn) {
+    const int i = static_cast<int>(threadIdx.x % 32) + 32 * turn;
     float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
     for (int part = 0; part < 3; ++part) {
       const unsigned word = Words<Element>::pack(x, y);

@@ -8,7 +8,7 @@ namespace kv {
 template <class Element, int width, int tile, Probing probing>
 __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                             const Ring& ring) {
-  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles);
+  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles, warp_of_team());
   stream.start(ring);
   stream.run(ring);
   stream.store();

@@ -17,7 +17,8 @@ struct TileRing {
     const unsigned lane = threadIdx.x % 32, half = half_bytes(tile);
     memory.lanes[lane] = {(lane % 8 * static_cast<unsigned>(query_pitch(width)) + lane / 8 * 8) * 2,
                           swizzled_place(lane % 16, lane / 16, half),
-                          tile_bytes(width, tile) + swizzled_place(lane / 16 * 8 + lane % 8, lane / 8 % 2, half), 0};
+                          tile_bytes(width, tile) + swizzled_place(lane / 16 * 8 + lane % 8, lane / 8 % 2, half),
+                          lane / 4};
   }
 
   // A warp goes through its tiles of a row, every stream_warps-th, up, or down where its ring holds the last of them: so rows of

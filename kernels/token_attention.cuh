@@ -11,15 +11,16 @@ struct RowMemory {
   std::uint16_t* queries[2];  // RowNow::queries of tokens in turn
   int query_rows;             // of each
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
-  std::uint16_t *key, *value;                 // [input_buffers][width]
-  float* full;                                // [input_buffers][group][value_dim]
-  float* output;                              // [group][value_dim]
-  float* log_sum;                             // [group] log-sum-exps
-  float log_sums[team_warps * stream_heads];  // every warp's own copy, to 2^-21
-  SoftmaxPart whole[stream_heads];            // what the log-sum-exps of a streamed row are of
-  float* probabilities;                       // [group][logit_stride] in device memory, for rows that are not streamed
+  std::uint16_t *key, *value;                            // [input_buffers][width]
+  float* full;                                           // [input_buffers][group][value_dim]
+  float* output;                                         // [group][value_dim]
+  float* log_sum;                                        // [group] log-sum-exps
+  alignas(8) float log_sums[team_warps * stream_heads];  // every warp's own copy, to 2^-21
+  SoftmaxPart whole[stream_heads];                       // what the log-sum-exps of a streamed row are of
+  float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
 
-  /// This warp's copy of the log-sum-exps, of groups that fit.
+  /// A warp's copy of the log-sum-exps, of groups that fit; and this one's.
+  __device__ const float* log_sums_of(int warp) const { return log_sums + warp * stream_heads; }
   __device__ float* own_log_sum() { return log_sums + threadIdx.x / 32 * stream_heads; }
   __device__ const float* own_log_sum() const { return log_sums + threadIdx.x / 32 * stream_heads; }
 };
@@ -49,8 +50,11 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
 }
 
-/// The parts that nobody leaves: nothing, but for the sink's (`sink` is [group] or null). All threads; a barrier must follow.
+/// What there is before the first row: no log-sum-exps, and of the parts that nobody leaves nothing, but for the sink's (`sink` is
+/// [group] or null). All threads; a barrier must follow.
 __device__ inline void clear_parts(RowMemory& row, const float* sink, int group) {
+  for (int i = static_cast<int>(threadIdx.x); i < team_warps * stream_heads; i += team_threads)
+    row.log_sums[i] = -INFINITY;
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * softmax_parts; i += team_threads) {
     const int g = i / softmax_parts;
     const bool has_sink = sink && g < group && i % softmax_parts == stream_warps + 1;

@@ -113,7 +113,8 @@ struct Row {
       call_with_eight(f, first, dim - first < 8 ? dim - first : 8, *this, others...);
   }
   /// Row `index` of `rows`, which an engine stores as it likes.
-  KV_HD static Row at(const void* rows, Dtype, long index, int dim) {
+  using Rows = const void*;
+  KV_HD static Row at(Rows rows, Dtype, long index, int dim) {
     return {static_cast<const float*>(rows) + index * dim, dim};
   }
 };
@@ -124,7 +125,7 @@ struct HeadView {
   const HeadInfo* info_ = nullptr;
   Moment moment_;
   int size_ = 0;
-  const void *keys_ = nullptr, *values_ = nullptr;
+  typename RowOf::Rows keys_{}, values_{};
   Dtype elements_ = Dtype::float32;  // of keys and values
   const int *token_ = nullptr, *multiplicity_ = nullptr, *order_ = nullptr, *rank_ = nullptr;
   State* state_ = nullptr;
