@@ -69,7 +69,8 @@ __device__ FoldTarget sum_of(const Play& play, int target, int n, Plan plan_of) 
 template <bool by_channel, class Player>
 __device__ bool folds_in_eights(const Player& player) {
   const TraceData& trace = player.trace;
-  return !by_channel && in_eights(player.elements(), trace.key_dim) && in_eights(player.elements(), trace.value_dim);
+  return !by_channel && (Player::of_plain_rows || (in_eights(player.elements(), trace.key_dim) &&
+                                                   in_eights(player.elements(), trace.value_dim)));
 }
 template <bool by_channel, class Player>
 __device__ int lanes_of_target(const Player& player) {

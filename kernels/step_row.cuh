@@ -99,10 +99,10 @@ class StepRow : protected StepLook<P, width> {
         serve(token);
     }
     p_.stale = p_.changed = -1;
-    TileRing::advance(p_.ring, TileRing::tiles_of_row(last, stream_tile()), stays);
+    TileRing::advance(p_.ring, TileRing::tiles_of_row(last, stream_tile()), stays, p_.warp);
     __syncthreads();
     if constexpr (plain)
-      weights_ = attention().log_sums(p_.fixed.look, p_.row, true);
+      weights_ = attention().log_sums(args_.trace.group, p_.row, true);
     else
       attention().combine(p_.fixed.look, now, p_.row);
   }
@@ -119,8 +119,8 @@ class StepRow : protected StepLook<P, width> {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
-        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles,
-                                                                               p_.warp, p_.row.log_sums_of(p_.warp));
+        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(
+            look, now, memory, from, kept_tiles, args_.trace.group, p_.warp, p_.row.log_sums_of(p_.warp));
         stream.run(p_.ring);
         stream.store();
       };
@@ -137,7 +137,8 @@ class StepRow : protected StepLook<P, width> {
 
   static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                                   Ring ring, int kept_tiles) {
-    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles, warp_of_team())
+    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles, look.group,
+                                                            warp_of_team())
         .start(ring);
   }
 

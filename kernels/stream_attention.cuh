@@ -25,10 +25,10 @@ class Stream : TileRing {
   static constexpr unsigned half_bytes = TileRing::half_bytes(tile), tile_bytes = TileRing::tile_bytes(width, tile);
   static constexpr float headroom = 8 * ln_2;  // probabilities may grow to 2^8 before sums are scaled anew
 
-  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from` and `warp`, the thread's, as
-  /// well. `last_log_sums`: of plain rows, those of the last one, head by head.
+  /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from`, `group` and the thread's
+  /// `warp` as well. `last_log_sums`: of plain rows, those of the last one, head by head.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                    const StreamSource& from, int kept_tiles, int warp,
+                                    const StreamSource& from, int kept_tiles, int group, int warp,
                                     const float* last_log_sums = nullptr)
       : look_(look),
         now_(now),
@@ -36,17 +36,18 @@ class Stream : TileRing {
         from_(from),
         unit_(same_in_warp(from.unit)),
         warp_(warp),
+        group_(group),
         tiles_(same_in_warp(tiles_of_row(now.slots, tile))),
         changed_(same_in_warp(now.changed < 0 ? -1 : tile_of(now.changed, tile))),
         simple_tiles_(plain || (look.softcap == 0 && look.bias == nullptr && !look.masked) ? tile_of(now.slots, tile)
                                                                                            : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
-        both_at_once_(probing != Probing::among_queries && same_in_warp(look.group) <= stream_heads / 2),
+        both_at_once_(probing != Probing::among_queries && group <= stream_heads / 2),
         scale_(look.scale),
-        logits_(look.logits && head() < look.group ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
-                                                   : nullptr),
-        next_logits_(head() + 1 < look.group ? look.logit_stride : 0),
+        logits_(look.logits && head() < group ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
+                                              : nullptr),
+        next_logits_(head() + 1 < group ? look.logit_stride : 0),
         ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_) * 2 * tile_bytes),
         landed_(landed_of(memory, warp_)) {
     const uint4 mine = memory.lanes[lane()];
@@ -57,7 +58,7 @@ class Stream : TileRing {
     if (!plain || !last_log_sums) return;
     const int first = both_at_once_ ? head() % 4 : head();
     const float2 last = *reinterpret_cast<const float2*>(last_log_sums + first);
-    most_[0] = first < look.group ? last.x : INFINITY, most_[1] = first + 1 < look.group ? last.y : INFINITY;
+    most_[0] = first < group ? last.x : INFINITY, most_[1] = first + 1 < group ? last.y : INFINITY;
   }
 
   /// Copies this warp's first tile, unless its ring holds it.
@@ -109,35 +110,29 @@ class Stream : TileRing {
     for (int e = 0; e < 2; ++e)
 #pragma unroll
       for (int k = 4; k < 32; k *= 2) sum_[e] += __shfl_xor_sync(~0u, sum_[e], k);
-    const int group = look_.group;
+    constexpr unsigned pitch = stream_pitch(width) * 4;
+    const unsigned to = shared_address(memory_.partial_of(now_.query_token, group_, width)) +
+                        static_cast<unsigned>(warp_ * group_) * pitch + static_cast<unsigned>(row()) * 4;
+    if (both_at_once_) {
+      // A lane has high words' products, the one two further low words'. Each keeps the sums of every other block.
+      const bool lower = column() < 2;
+#pragma unroll
+      for (int b = 0; b < channel_blocks; b += 2) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float even = output_[b][e], odd = output_[b + 1][e];
+          output_[b][e] = (lower ? even : odd) + __shfl_xor_sync(~0u, lower ? odd : even, 2);
+        }
+        store_block(to + (lower ? 0 : 64), head() % 4, group_, b, output_[b]);
+      }
+    } else {
+#pragma unroll
+      for (int b = 0; b < channel_blocks; ++b) store_block(to, head(), group_, b, output_[b]);
+    }
     if (row() == 0)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (head() + e < group) memory_.parts[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
-    constexpr unsigned pitch = stream_pitch(width) * 4;
-    const unsigned to = shared_address(memory_.partial_of(now_.query_token, group, width)) +
-                        static_cast<unsigned>(warp_ * group) * pitch + static_cast<unsigned>(row()) * 4;
-    if (!both_at_once_) {
-#pragma unroll
-      for (int b = 0; b < channel_blocks; ++b) store_block(to, head(), group, b, output_[b]);
-      return;
-    }
-    // A lane has high words' products, the one two further low words'. Each keeps the sums of every other block.
-    const bool lower = column() < 2;
-#pragma unroll
-    for (int b = 0; b < channel_blocks; b += 2)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float even = output_[b][e], odd = output_[b + 1][e];
-        output_[b][e] = lower ? even : odd;
-        output_[b + 1][e] = __shfl_xor_sync(~0u, lower ? odd : even, 2);
-      }
-#pragma unroll
-    for (int b = 0; b < channel_blocks; b += 2) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) output_[b][e] += output_[b + 1][e];
-      store_block(to + (lower ? 0 : 64), head() % 4, group, b, output_[b]);
-    }
+        if (head() + e < group_) memory_.parts[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
   }
 
  private:
@@ -211,8 +206,7 @@ class Stream : TileRing {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int slot = slot_of(which, m, h);
-        if constexpr (probing == Probing::among_queries)
-          keep_probe(slot, dots[m][2 * h], dots[m][2 * h + 1], look_.group);
+        if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[m][2 * h], dots[m][2 * h + 1], group_);
         if constexpr (probing == Probing::apart)
           keep_probe(slot, probe[0][m][2 * h] + probe[1][m][2 * h], probe[0][m][2 * h + 1] + probe[1][m][2 * h + 1], 0);
       }
@@ -378,7 +372,7 @@ class Stream : TileRing {
   const RowNow& now_;
   StreamMemory& memory_;
   const StreamSource& from_;
-  const int unit_, warp_, tiles_;
+  const int unit_, warp_, group_, tiles_;
   const int changed_;        // a tile that the warp wrote to, or -1
   const int simple_tiles_;   // of logits neither bent, biased nor hidden
   const int kept_tiles_;     // that stay in the second-level cache; -1 = no wishes

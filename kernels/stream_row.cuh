@@ -8,7 +8,8 @@ namespace kv {
 template <class Element, int width, int tile, Probing probing>
 __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                             const Ring& ring) {
-  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles, warp_of_team());
+  Stream<Element, width, tile, probing> stream(look, now, memory, look.from, look.kept_tiles, same_in_warp(look.group),
+                                               warp_of_team());
   stream.start(ring);
   stream.run(ring);
   stream.store();

@@ -31,14 +31,14 @@ struct TileRing {
   __device__ static bool holds_first(const Ring& ring, int tiles) { return ring.running && ring.tiles == tiles; }
   /// A row's first tile of a warp.
   __device__ static int first_tile(bool down, int tiles, int warp) {
-    return down ? tiles - 1 - (tiles - 1 - warp) % stream_warps : warp;
+    return down ? tiles - 1 - static_cast<int>(static_cast<unsigned>(tiles - 1 - warp) % stream_warps) : warp;
   }
 
-  /// The ring after Stream::run over so many tiles; by all threads. `stays`: the next row is of the same cache.
-  __device__ __forceinline__ static void advance(Ring& ring, int tiles, bool stays) {
-    const int warp = static_cast<int>(threadIdx.x / 32) % stream_warps;
+  /// The ring after Stream::run over so many tiles; by all threads. `stays`: the next row is of the same cache; `warp`: the thread's.
+  __device__ __forceinline__ static void advance(Ring& ring, int tiles, bool stays, int warp) {
+    warp %= stream_warps;
     const bool held = holds_first(ring, tiles);
-    ring.turns += static_cast<unsigned>((tiles - warp + stream_warps - 1) / stream_warps) - (held ? 1 : 0);
+    ring.turns += static_cast<unsigned>(tiles - warp + stream_warps - 1) / stream_warps - (held ? 1 : 0);
     ring.down = !(held && ring.down), ring.running = stays, ring.tiles = tiles;
   }
 

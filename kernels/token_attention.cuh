@@ -125,7 +125,7 @@ struct TokenAttention {
       newest_slot(look, now, memory, warp_of_team() - stream_warps);
     const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring),
               of = width > 0 ? tile : of_any;
-    TileRing::advance(ring, TileRing::tiles_of_row(now.slots, of), false);
+    TileRing::advance(ring, TileRing::tiles_of_row(now.slots, of), false, warp_of_team());
     __syncthreads();
     combine(look, now, memory);
     __syncthreads();
@@ -206,12 +206,12 @@ struct TokenAttention {
   /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
   /// them. `shared_out`: the wholes are kept by the warps that measure, head by head; else by the last one. All threads; a
   /// barrier before.
-  __device__ Weights log_sums(const RowLook& look, RowMemory& memory, bool shared_out) const {
+  __device__ Weights log_sums(int group, RowMemory& memory, bool shared_out) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
     for (int i = 0; i < stream_heads / heads_at_once; ++i) {
-      if (i * heads_at_once >= look.group) break;
+      if (i * heads_at_once >= group) break;
       const SoftmaxPart* const of_head = memory.stream.parts + i * 32 + lane / softmax_parts * softmax_parts;
       const SoftmaxPart mine = of_head[lane % softmax_parts];
       alignas(16) SoftmaxPart part[used_parts];
@@ -278,7 +278,7 @@ struct TokenAttention {
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
   __device__ void combine(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    const Weights weights = log_sums(look, memory, false);
+    const Weights weights = log_sums(look.group, memory, false);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
