@@ -98,8 +98,10 @@ class StepRow : protected StepLook<P, width> {
       else
         serve(token);
     }
+    // What lies on the stack over a stream is read anew at every use, unless it is made anew.
+    if constexpr (plain) p_.now = same_in_warp(p_.now), p_.size = same_in_warp(p_.size);
     p_.stale = p_.changed = -1;
-    TileRing::advance(p_.ring, TileRing::tiles_of_row(last, stream_tile()), stays, p_.warp);
+    TileRing::advance(p_.ring, TileRing::tiles_of_row(p_.size - 1, stream_tile()), stays, p_.warp);
     __syncthreads();
     if constexpr (plain)
       weights_ = attention().log_sums(args_.trace.group, p_.row, true);

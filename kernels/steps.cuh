@@ -22,7 +22,7 @@ class Steps : StepRow<P, width, tile> {
   /// Tokens [first, last) one by one.
   __device__ void run() {
     begin();
-    for (int token = args_.first; token < args_.last; ++token) {
+    for (int token = args_.first; token < args_.last; token = p_.now + 1) {
       begin_step(token, args_.block + token - args_.first);
       ++p_.size;
       take(token, token + 1 < args_.last || args_.last_compresses);
@@ -94,6 +94,7 @@ class Steps : StepRow<P, width, tile> {
     }
     if (attends) {
       pass(token, !prepares);
+      token = p_.now;
       // Where warps part, those that stream have nothing to do with it.
       measured_ = args_.timed || (may_part && streams_now()) ? -1 : m, measured_token_ = token;
     }

@@ -29,6 +29,7 @@ struct WarpRows {
     const int lane = static_cast<int>(threadIdx.x % 32);
     float chunk[1] = {};
     if (in_eights(a) && in_eights(b)) {
+#pragma unroll 1  // one turn, as a rule: more would be code to jump over
       for (int first = 8 * lane; first < a.dim; first += 8 * 32) {
         float x[8], y[8];
         load_eight(a, first, x), load_eight(b, first, y);
@@ -36,6 +37,7 @@ struct WarpRows {
         for (int k = 0; k < 8; ++k) chunk[0] += x[k] * y[k];
       }
     } else {
+#pragma unroll 1
       for (int first = 8 * lane; first < a.dim; first += 8 * 32)
         for (int k = first; k < min(first + 8, a.dim); ++k) chunk[0] += a[k] * b[k];
     }
@@ -58,6 +60,7 @@ struct WarpRows {
   __device__ void add(float* vector, float weight, A row) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (in_eights(row) && reinterpret_cast<std::size_t>(vector) % 16 == 0) {
+#pragma unroll 1
       for (int first = 8 * lane; first < row.dim; first += 8 * 32) {
         float x[8];
         load_eight(row, first, x);
@@ -71,6 +74,7 @@ struct WarpRows {
         }
       }
     } else {
+#pragma unroll 1
       for (int c = lane; c < row.dim; c += 32) vector[c] += weight * row[c];
     }
     __syncwarp();
