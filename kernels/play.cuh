@@ -259,7 +259,8 @@ struct Play {
     const int last = size - 1;
     int *rank = unit.rank, *order = unit.order;  // they may lie in device memory
     team.for_each_read_by(
-        thread, threads, size, [&](int s) { return rank[s]; },
+        thread, threads, size,
+        [&](int s) { return s == victim ? gap : rank[s]; },  // which the last slot's owner writes
         [&](int s, int old) {
           const int place = old > gap ? old - 1 : old, slot = s == last ? victim : s;
           if (s != victim) rank[slot] = place, order[place] = slot;
