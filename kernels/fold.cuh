@@ -28,8 +28,8 @@ __device__ __noinline__ inline void count_as_if_merged(const Play& play, int cli
 /// What a fold leaves in the books; by one thread.
 template <class Player>
 __device__ void book_fold(Player& player, const Fold& plan, int victim) {
-  const Unit& unit =
-      player.unit;  // all is read before the first store, after which the compiler would have to read it anew
+  // All is read before the first store, after which the compiler would have to read it anew.
+  const Unit& unit = player.unit;
   const int target = plan.target, clip = player.traits().clip;
   int *const tokens_of = unit.multiplicity + target, *const parent = unit.parent + unit.token[victim];
   const int adopter = unit.token[target], tokens = *tokens_of + unit.multiplicity[victim];
@@ -106,8 +106,8 @@ __device__ __forceinline__ int fold_one(Player& player, Head& head, int victim, 
     __syncthreads();
     return target;
   }
-  if constexpr (!(leaves_in_fold<P> &&
-                  Player::of_plain_rows))  // else it takes a compression of many that folds only one
+  // In steps where victims leave, only a compression of many that happens to fold one comes here: that may go the long way.
+  if constexpr (!(leaves_in_fold<P> && Player::of_plain_rows))
     if (spread == 1) {
       detail::write_rows<1>(
           player, head, target, 1, [&] { return sum_at(target); }, only, team_threads);

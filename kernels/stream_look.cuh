@@ -65,7 +65,8 @@ struct StreamMemory {
   alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];
   // [2][stream_warps][group][stream_pitch], of tokens in turn: outputs may be made of one's while the next one is streamed.
   float* partial;
-  uint4* lanes;     // [32] where each lane's part lies: of queries, of a tile of keys, of one of values
+  // [32] where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.
+  uint4* lanes;
   unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
 
   __device__ float* partial_of(int token, int group, int width) const {
