@@ -19,8 +19,8 @@ struct MeasuredHead {
 /// What full attention gives it, [value_dim].
 __device__ inline const float* full_output_of(const Unit& unit, const LayerData& layer, const TraceData& trace,
                                               const MeasuredHead& head) {
-  const long row = (static_cast<long>(unit.info.kv_head) * head.count + head.m) * trace.group + head.g;
-  return layer.full_output + row * trace.value_dim;
+  const int row = (unit.info.kv_head * head.count + head.m) * trace.group + head.g;
+  return layer.full_output + static_cast<long>(row) * trace.value_dim;
 }
 
 /// Sums over a warp of four numbers a lane, each in the order of a butterfly over 16, 8, 4, 2 and 1 lanes: lanes 0 to 7 have
@@ -49,16 +49,19 @@ struct OutputSums {
   }
 };
 
-/// Keeps the sums over a warp's lanes, one head's of a measured query. What single queries do not need is left to
-/// finish_measures.
-__device__ __forceinline__ void keep_sums(const Unit& unit, Progress& progress, int head, int token, long here,
-                                          const OutputSums& sums, double lse) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot);
+/// Keeps the sums over a warp's lanes, one head's of a measured query, and lse(), which is asked for while they are added up.
+/// What single queries do not need is left to finish_measures.
+template <class Lse>
+__device__ __forceinline__ void keep_sums(const Unit& unit, const TraceData& trace, Progress& progress,
+                                          const MeasuredHead& head, const OutputSums& sums, Lse lse) {
+  const int lane = static_cast<int>(threadIdx.x % 32), here = head.g * head.count + head.m;
+  double *const to = unit.compared[lane / 8] + here, *const lost_mass = unit.lost_mass + here;
+  const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot), log_sum = lse();
   if (lane % 8 != 0) return;
-  if (lane <= 8 && !isfinite(sum)) record_error(progress, UnitError::not_finite, head, token);
-  unit.compared[lane / 8][here] = sum;
-  if (lane == 0) unit.lost_mass[here] = lse;
+  if (lane <= 8 && !isfinite(sum))
+    record_error(progress, UnitError::not_finite, unit.info.kv_head * trace.group + head.g, head.token);
+  *to = sum;
+  if (lane == 0) *lost_mass = log_sum;
 }
 
 /// Compares one head's output of a measured query with full attention's; by one warp.
@@ -79,8 +82,7 @@ __device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceDat
       if (delta) delta[c] = output[c] - full_output[c];
     }
   }
-  keep_sums(unit, progress, unit.info.kv_head * trace.group + head.g, head.token,
-            static_cast<long>(head.g) * head.count + head.m, sums, lse);
+  keep_sums(unit, trace, progress, head, sums, [&] { return lse; });
 }
 
 }  // namespace kv

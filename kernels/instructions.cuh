@@ -71,8 +71,20 @@ __device__ inline void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+__device__ inline void store_shared(uint32_t address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
+}
 __device__ inline void store_shared(uint32_t address, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory");
+}
+
+__device__ inline float4 load_shared(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
 /// Adds 1 to a counter in shared memory, where `counts`. By a generic pointer it would be an atomic on memory of any kind, and lanes that

@@ -5,36 +5,32 @@
 
 namespace kv {
 
-/// What full attention gives a head of the m-th measured query, [value_dim].
-__device__ inline const float* full_output_of(const Fixed& f, int g, int m) {
-  return full_output_of(f.unit, f.layer, f.trace, {g, m, f.settings.measured_count, 0});
-}
-
 /// compare_outputs of the m-th measured query; by one warp.
 __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int token, const float* output,
                                                  const float* full_output, double lse) {
   compare_outputs(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, output, full_output, lse);
 }
 
-/// A streamed row's output of head g, four channels a lane, against full attention's; by one warp.
-__device__ __forceinline__ void measure_lanes(Fixed& f, int g, int m, int token, float4 output,
+/// A streamed row's output of one head, four channels a lane, against full attention's; by one warp. `trace`: f.trace, from where
+/// it is read at the least cost.
+__device__ __forceinline__ void measure_lanes(Fixed& f, const TraceData& trace, const MeasuredHead& head, float4 output,
                                               const float* full_output) {
-  const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = f.trace.value_dim;
+  const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = trace.value_dim;
+  const SoftmaxPart whole = f.row.whole[head.g];
   OutputSums sums;
   if (c < dv) {
     float* const delta = f.unit.delta;
     sums.add_four(
         output, *reinterpret_cast<const float4*>(full_output + c),
-        delta ? reinterpret_cast<float4*>(delta + (static_cast<long>(m) * f.trace.group + g) * dv + c) : nullptr);
+        delta ? reinterpret_cast<float4*>(delta + static_cast<long>(head.m * trace.group + head.g) * dv + c) : nullptr);
   }
-  keep_sums(f.unit, f.progress, f.unit.info.kv_head * f.trace.group + g, token,
-            static_cast<long>(g) * f.settings.measured_count + m, sums,
-            static_cast<double>(TokenAttention::log_sum_of(f.row.whole[g])));
+  keep_sums(f.unit, trace, f.progress, head, sums,
+            [&] { return static_cast<double>(TokenAttention::log_sum_of(whole)); });
 }
 /// The same as a call.
-__device__ __noinline__ inline void measure_lanes_apart(Fixed& f, int g, int m, int token, float4 output,
-                                                        const float* full_output) {
-  measure_lanes(by_kept_address(f), g, m, token, output, full_output);
+__device__ __noinline__ inline void measure_lanes_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
+                                                        float4 output, const float* full_output) {
+  measure_lanes(by_kept_address(f), trace, head, output, full_output);
 }
 
 /// The cosine and the lost mass of every measured query, from what measure_head left.

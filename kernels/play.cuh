@@ -267,12 +267,12 @@ struct Play {
         });
   }
   /// The books of the same; by the clerk, who knows all that he books. `merges`: tokens may stand for others; `adopted`: the victim
-  /// has joined one.
-  __device__ void book_removal(int victim, bool merges, bool adopted) const {
+  /// has joined one; `turns`: keys turn to their places.
+  __device__ void book_removal(int victim, bool merges, bool adopted, bool turns) const {
     const int last = size - 1, gone = unit.token[victim], token = unit.token[last];
     int *const token_at = unit.token + victim, *const parent_at = unit.parent + gone;  // all before the first store
     int* const multiplicity_at = unit.multiplicity + victim;
-    int* const rotated_at = absolute() ? nullptr : unit.rotated_at + victim;
+    int* const rotated_at = turns ? unit.rotated_at + victim : nullptr;
     const int multiplicity = merges ? unit.multiplicity[last] : 1;
     if (!adopted) *parent_at = -2 - now;  // lost
     if (victim == last) return;

@@ -26,6 +26,7 @@ struct Player : Play {
   __device__ Traits traits() const { return policy.traits(); }
   static __device__ Dtype elements_of(const TraceData& trace) { return plain ? Dtype::bfloat16 : trace.elements; }
   __device__ Dtype elements() const { return elements_of(trace); }
+  __device__ bool absolute() const { return plain || Play::absolute(); }
   __device__ Dtype dtype() const { return plain ? Dtype::bfloat16 : trace.dtype; }
 
   /// The head as hooks see it now, `rows` query rows having been summed in head.seen(). Made where it is used: what a hook
@@ -104,22 +105,25 @@ struct Player : Play {
       if (rotated_at) *rotated_at = -1;
     }
     __syncwarp();
-    if constexpr (detail::declares_on_append<P>) row_hook(fixed, policy, size, now, phase, block, slot, key, value);
+    if constexpr (detail::declares_on_append<P>)
+      row_hook<true>(fixed, policy, size, now, phase, block, slot, key, value);
   }
-  /// on_append of one slot, whose rows are `key` and `value`, or on_evict, by one warp. Not inlined, and of few words, so that the
-  /// caller's stay in registers.
+  /// on_append of one slot, or on_evict, by one warp. `key` and `value` are its rows, or null where memory has them. Not inlined,
+  /// and of few words, so that the caller's stay in registers.
+  template <bool appends>
   static __device__ __noinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
                                                int slot, const void* key = nullptr, const void* value = nullptr) {
     Player player(fixed, policy);
     player.size = size, player.now = now, player.phase = phase, player.block = block;
     Head h = player.head();
-    if constexpr (detail::declares_on_append<P>)
-      if (key) {
-        h.keys_.late_row = key, h.values_.late_row = value, h.keys_.late = h.values_.late = slot;
-        policy.on_append(WarpRows{}, h, slot);
-      }
-    if constexpr (detail::declares_on_evict<P>)
-      if (!key) policy.on_evict(WarpRows{}, h, slot);
+    if (key) h.keys_.late_row = key, h.values_.late_row = value, h.keys_.late = h.values_.late = slot;
+    float weight = 0;
+    const ProbeRows rows{{}, player.unit.vector, key, &weight};
+    if constexpr (appends)
+      policy.on_append(rows, h, slot);
+    else
+      policy.on_evict(rows, h, slot);
+    if (threadIdx.x % 32 == 0) fixed.row.stream.probe.weight[appends ? 1 : 0] = weight;
     __syncwarp();
   }
 
@@ -318,7 +322,7 @@ struct Player : Play {
   /// he books, and the warp that streams the slot has its row. `tile` as patch() has it; `adopted`: the victim has joined another.
   __device__ void let_go(int victim, int gap, const void* key, const void* value, int tile, bool adopted) {
     if constexpr (detail::declares_on_evict<P>) {
-      if (is_clerk_warp()) row_hook(fixed, policy, size, now, phase, block, victim);
+      if (is_clerk_warp()) row_hook<false>(fixed, policy, size, now, phase, block, victim);
       __syncthreads();
     }
     if (gap >= 0) close_gap(victim, gap, static_cast<int>(threadIdx.x), team_threads);
@@ -333,7 +337,7 @@ struct Player : Play {
     std::uint8_t* const stays = unit.stays;
     const Slot moves = states[last];
     const std::uint8_t stayed = stays[last];
-    Play::book_removal(victim, merges, adopted);
+    Play::book_removal(victim, merges, adopted, !absolute());
     if (victim != last) states[victim] = moves, stays[victim] = stayed;
     stays[last] = 1;
   }

@@ -45,14 +45,16 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
          group <= stream_heads;
 }
 
-/// Whether the three parts of a policy's vector find room among the queries of a group.
-constexpr bool probe_fits(int group) { return group + 3 <= stream_heads; }
+/// Rows that a token's queries take in shared memory: those of four heads serve both words of their probabilities.
+constexpr int query_rows(int group) { return group > stream_heads / 2 ? stream_heads : stream_heads / 2; }
 
-/// Rows that a token's queries take in shared memory: those of four heads serve both words of their probabilities, unless the parts
-/// of a policy's vector come along.
-constexpr int query_rows(int group, bool probes) {
-  return group > stream_heads / 2 || probes ? stream_heads : stream_heads / 2;
-}
+/// A policy's vector beside a stream (key_probe.cuh): its parts, of tokens in turn, the key and value of the slot that went
+/// last, and, in the room of two rows, the vector itself; and what the keys of a warp's last two tiles give with them.
+constexpr int probe_parts = 2, probe_rows = 2 * probe_parts + 4, probe_tile_bytes = 32 * 4 * 4;
+/// Whether the probe's operand has room beside the queries of a group.
+constexpr bool probe_fits(int group) { return group <= stream_heads / 2; }
+constexpr int probe_row_bytes(int width) { return probe_rows * query_pitch(width) * 2; }
+constexpr int probe_product_bytes = stream_warps * 2 * probe_tile_bytes;
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes. `probes`: rows may have a policy's vector
 /// beside their queries.
@@ -61,9 +63,10 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    // Rings and parts of outputs; the probe's parts, queries, lanes; keys and values, full outputs.
+    // Rings and parts of outputs; queries, the probe's rows and products, lanes; keys and values, full outputs.
     bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
-             ((probes ? 4 : 0) + 2 * query_rows(group, probes)) * query_pitch(width) * 2 + 32 * 16 +
+             2 * query_rows(group) * query_pitch(width) * 2 +
+             (probes ? probe_row_bytes(width) + probe_product_bytes : 0) + 32 * 16 +
              input_buffers * (2 * width * 2 + group * value_dim * 4);
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16

@@ -5,11 +5,14 @@
 namespace kv {
 
 /// By the warps that do not stream, each its share; close_copies(), await_copies<0>() and a barrier must follow. `streamed`: whether rows of
-/// this shape go over tensor cores, `width`: of their streams.
+/// this shape go over tensor cores, `width`: of their streams, `absolute`: keys are at their own positions.
 struct StepInputs {
   const Play& play;
+  const TraceData& trace;  // and settings: the launch's, which are constants
+  const PlaySettings& settings;
   bool streamed;
   int width;
+  bool absolute;
 
   __device__ const void* key(int token) const {
     if (!streamed) return key_in_memory(token);
@@ -21,43 +24,48 @@ struct StepInputs {
   }
   /// Full attention's output of head g for the m-th measured query, a token's.
   __device__ const float* full_output(int token, int g, int m) const {
-    if (!streamed) return full_output_of(play.fixed, g, m);
-    return play.row.full + (token % input_buffers * play.trace.group + g) * play.trace.value_dim;
+    if (!streamed) return full_output_in_memory(g, m);
+    return play.row.full + (token % input_buffers * trace.group + g) * trace.value_dim;
   }
 
   /// Starts the copies of a token whose measured query is the m-th (-1: none) and whose queries are row `row` of the layer's;
-  /// `warp`: the warp's number among those that do not stream.
-  __device__ void fetch(int token, int m, int row, int warp) const {
-    const TraceData& t = play.trace;
-    const int lane = static_cast<int>(threadIdx.x % 32), group = t.group;
+  /// `warp`: the warp's number among so many that fetch.
+  __device__ void fetch(int token, int m, int row, int warp, int warps) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), group = trace.group;
+    constexpr int element = 2;                                      // bytes: rows are streamed
     const auto copy = [&](void* to, const void* from, int bytes) {  // at most 512: streams are 128 channels wide
       if (lane < bytes / 16)
         copy_16(shared_address(to) + static_cast<unsigned>(lane) * 16, static_cast<const char*>(from) + lane * 16);
     };
-    static_assert(team_warps - stream_warps > 2);  // the first has books to keep
-    if (warp == 1) copy(const_cast<void*>(key(token)), key_in_memory(token), t.key_dim * 2);
-    if (warp == 2) copy(const_cast<void*>(value(token)), value_in_memory(token), t.value_dim * 2);
+    static_assert(team_warps - stream_warps > 3);  // the first may have books to keep
+    if (warp == 1) copy(const_cast<void*>(key(token)), key_in_memory(token), trace.key_dim * element);
+    if (warp == 2) copy(const_cast<void*>(value(token)), value_in_memory(token), trace.value_dim * element);
     const int pitch = query_pitch(width);
+    const bool has_queries = absolute && row >= 0;
+    const int first_row = play.query_head(0) * play.layer.query_rows + row;
 #pragma unroll 1
-    for (int g = warp; g < group; g += team_warps - stream_warps) {
-      if (play.absolute() && row >= 0) {
-        const char* from = play.at(play.layer.q_rotated,
-                                   static_cast<long>(play.query_head(g)) * play.layer.query_rows + row, t.key_dim);
-        std::uint16_t* const to = play.row.queries[token & 1] + g * pitch;
-        copy(to, from, t.key_dim * 2);
-      }
-      if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_of(play.fixed, g, m), t.value_dim * 4);
+    for (int g = warp; g < group; g += warps) {
+      if (has_queries)
+        copy(play.row.queries[token & 1] + g * pitch,
+             static_cast<const char*>(play.layer.q_rotated) +
+                 static_cast<long>(first_row + g * play.layer.query_rows) * (trace.key_dim * element),
+             trace.key_dim * element);
+      if (m >= 0) copy(const_cast<float*>(full_output(token, g, m)), full_output_in_memory(g, m), trace.value_dim * 4);
     }
   }
 
  private:
   __device__ const void* key_in_memory(int token) const {
-    return play.at(play.absolute() ? play.layer.k_rotated : play.layer.k,
-                   static_cast<long>(play.unit.info.kv_head) * play.trace.tokens + token, play.trace.key_dim);
+    return in_memory(absolute ? play.layer.k_rotated : play.layer.k, token, trace.key_dim);
   }
-  __device__ const void* value_in_memory(int token) const {
-    return play.at(play.layer.v, static_cast<long>(play.unit.info.kv_head) * play.trace.tokens + token,
-                   play.trace.value_dim);
+  __device__ const void* value_in_memory(int token) const { return in_memory(play.layer.v, token, trace.value_dim); }
+  __device__ const char* in_memory(const void* rows, int token, int dim) const {
+    const int element = streamed ? 2 : bytes_of(trace.elements);
+    return static_cast<const char*>(rows) +
+           static_cast<long>(play.unit.info.kv_head * trace.tokens + token) * (dim * element);
+  }
+  __device__ const float* full_output_in_memory(int g, int m) const {
+    return full_output_of(play.unit, play.layer, trace, {g, m, settings.measured_count, 0});
   }
 };
 

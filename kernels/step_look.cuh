@@ -43,7 +43,9 @@ class StepLook : protected Stages<P, (width > 0)> {
   __device__ bool asks_for_mass() const { return !plain && p_.settings.mass; }
   __device__ bool future_mass() const { return !plain && p_.traits().future_mass; }
   __device__ int stream_width() const { return plain ? width : kv::stream_width(p_.trace.key_dim, p_.trace.value_dim); }
-  __device__ StepInputs inputs() const { return {p_, streamed(), stream_width()}; }
+  __device__ StepInputs inputs() const {
+    return {p_, args_.trace, args_.settings, streamed(), stream_width(), absolute()};
+  }
   __device__ TokenAttention attention() const {
     TokenAttention attention = p_.attention();
     if constexpr (plain) attention.elements = Dtype::bfloat16, attention.simple = !biased;
@@ -73,7 +75,7 @@ class StepLook : protected Stages<P, (width > 0)> {
     const int last = size - 1;
     if (p.is_clerk_warp()) {
       p.append_one(token, s.inputs().key(token), s.inputs().value(token));
-      if (attends && s.streamed() && s.probes(due)) s.place_probe(token);
+      if (attends && s.streamed() && (s.probes(due) || (plain && p.traits().key_probe))) s.place_probe(token);
       if (biases && p.is_clerk()) p.fill_biases(last, size, 0, 1);
     } else if (biases) {
       const int others = team_threads - 32, thread = static_cast<int>(threadIdx.x);
@@ -91,15 +93,16 @@ class StepLook : protected Stages<P, (width > 0)> {
 
   /// The policy's vector to where the stream of a token's row finds it; by one warp.
   __device__ void place_probe(int token) const {
-    const int dk = p_.trace.key_dim;
-    unsigned* const queries = reinterpret_cast<unsigned*>(p_.row.queries[token & 1]);
+    const auto place = [&]<class Element, int of>() {
+      kv::place_probe<Element, of>(p_.row.stream.probe, p_.unit.vector, p_.trace.key_dim, token);
+    };
+    const bool half = p_.trace.elements == Dtype::float16, wide = stream_width() > 64;
     if constexpr (plain)
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, width, queries + p_.trace.group * query_pitch(width) / 2,
-                                 Probing::among_queries);
-    else if (p_.trace.elements == Dtype::float16)
-      split_probe<__half>(p_.unit.vector, dk, stream_width(), p_.row.stream.probe, Probing::apart);
+      place.template operator()<__nv_bfloat16, width>();
+    else if (wide)
+      half ? place.template operator()<__half, 128>() : place.template operator()<__nv_bfloat16, 128>();
     else
-      split_probe<__nv_bfloat16>(p_.unit.vector, dk, stream_width(), p_.row.stream.probe, Probing::apart);
+      half ? place.template operator()<__half, 64>() : place.template operator()<__nv_bfloat16, 64>();
   }
 
   /// Sets what one token's queries look at. With `scores` the policy's key probe may go along.

@@ -13,17 +13,20 @@ class StepRow : protected StepLook<P, width> {
   using Base::biased;
   using Base::plain;
   using Base::size;
-  /// Whether warps that stream may decide who goes while the others measure: where slots are all that hooks look at.
-  static constexpr bool may_part = plain && !biased && !detail::declares_on_append<P> &&
-                                   !detail::declares_on_evict<P> && !detail::declares_on_merge<P> &&
+  /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
+  /// comes or goes.
+  static constexpr bool may_part = plain && !biased && !detail::declares_on_merge<P> &&
                                    !detail::declares_on_compress<P> && !detail::declares_on_selected<P> &&
                                    !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
+  /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
+  static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
+  static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
 
   __device__ StepRow(const Launch& launch, Fixed& fixed, const P& policy)
       : Base(launch, fixed, policy),
-        prepares_(p_.traits().key_probe || biased ||
+        prepares_((!may_part && p_.traits().key_probe) || biased ||
                   (!plain && (!p_.fixed.streamed || !p_.absolute() || p_.layer.window > 0 ||
                               p_.traits().future_queries.horizon > 0 || p_.traits().future_mass))) {}
 
@@ -47,6 +50,7 @@ class StepRow : protected StepLook<P, width> {
       const int words = p_.row.query_rows * query_pitch(Base::stream_width()) / 2;
       for (int i = static_cast<int>(threadIdx.x); i < words; i += team_threads)
         for (std::uint16_t* buffer : p_.row.queries) reinterpret_cast<unsigned*>(buffer)[i] = 0;
+      if (p_.traits().key_probe) clear_probe();
     }
     if (p_.is_clerk())
       for (int token = args_.first; token <= args_.first + fetched_ahead; ++token) fetch_numbers(token);
@@ -58,6 +62,12 @@ class StepRow : protected StepLook<P, width> {
     close_copies();
     await_copies<0>();
     __syncthreads();
+  }
+  /// So that what a row's end leaves of the operands of probes, and a key that counts nothing yet, are numbers.
+  __device__ void clear_probe() const {
+    const int w = Base::stream_width(), i = static_cast<int>(threadIdx.x);
+    if (i < query_pitch(w)) p_.row.stream.probe.gone_key(query_pitch(w))[i] = 0;
+    for (int k = i; k < input_buffers * w; k += team_threads) p_.row.key[k] = 0;
   }
   /// After the last step.
   __device__ void end() {
@@ -91,8 +101,13 @@ class StepRow : protected StepLook<P, width> {
       stream(now);
     } else {
       if constexpr (plain && !may_part) measure_row<false>();
-      if (appends && p_.is_clerk_warp()) p_.append_one(token, inputs().key(token), inputs().value(token));
-      attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - stream_warps);
+      if (p_.is_clerk_warp()) {
+        if (appends) p_.append_one(token, inputs().key(token), inputs().value(token));
+        if (plain && p_.traits().key_probe) settle_probe(token);
+      }
+      if (p_.warp >= first_server)
+        attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - first_server, team_warps - first_server);
+      if (p_.is_clerk_warp()) attention().newest_probe(p_.fixed.look, now);
       if constexpr (may_part)
         await_copies<0>();  // the next step's inputs
       else
@@ -103,8 +118,13 @@ class StepRow : protected StepLook<P, width> {
     p_.stale = p_.changed = -1;
     TileRing::advance(p_.ring, TileRing::tiles_of_row(p_.size - 1, stream_tile()), stays, p_.warp);
     __syncthreads();
+    if (lags()) {
+      KeyProbe& probe = p_.row.stream.probe;
+      p_.probe_known = p_.probe_known && probe.holds;
+      if (p_.is_clerk()) probe.weight[0] = probe.weight[1] = 0, probe.moved = false;
+    }
     if constexpr (plain)
-      weights_ = attention().log_sums(args_.trace.group, p_.row, true);
+      weights_ = attention().log_sums(args_.trace.group, p_.row, first_server);
     else
       attention().combine(p_.fixed.look, now, p_.row);
   }
@@ -144,6 +164,56 @@ class StepRow : protected StepLook<P, width> {
         .start(ring);
   }
 
+  /// Whether the policy's key probe goes along with the next row but not with the one that fixed.look is of, or the other way.
+  __device__ bool looks_otherwise(bool due) const {
+    return p_.traits().key_probe && Base::probes(due) != (p_.fixed.look.probe != nullptr);
+  }
+  /// Whether rows are streamed with a policy's vector of the step before, and what hooks add to it since.
+  __device__ bool lags() const { return may_part && p_.traits().key_probe; }
+  /// Something else has changed the vector since: it has to be placed anew before the next row. A barrier must follow.
+  __device__ void vector_moves() const {
+    if (lags() && p_.is_clerk()) p_.row.stream.probe.moved = true;
+  }
+  __device__ bool vector_moved() const { return lags() && p_.row.stream.probe.moved; }
+  /// The policy's vector as hooks have made it, for the row under way and the next one; by the clerk's warp.
+  __device__ void settle_probe(int token) const {
+    if constexpr (may_part)
+      kv::settle_probe<__nv_bfloat16, width>(p_.row.stream.probe, p_.unit.vector, args_.trace.key_dim, token,
+                                             inputs().key(token));
+    __syncwarp();
+    if (p_.probe_known) named_arrive(weights_known, weights_threads);
+  }
+
+  /// As BlockTeam::least, and the slot's key and value are kept for on_evict and the next row's probe: each warp has read those of
+  /// its own best slot by the time that one is known.
+  __device__ __forceinline__ int least_with_rows(unsigned long long key, int slot) const {
+    uint4 words{};
+    const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
+    const bool keys = lane < 16;
+    const int dim = keys ? args_.trace.key_dim : args_.trace.value_dim;
+    const bool is_there = chunk * 8 < dim;
+    const auto best = p_.team.least(key, slot, p_.now & 1, [&](int of_lane) {
+      const int mine = __shfl_sync(~0u, slot, of_lane);
+      const void* const rows = keys ? p_.unit.keys : p_.unit.values;
+      if (mine >= 0 && is_there) words = static_cast<const uint4*>(rows)[mine * (dim / 8) + chunk];
+    });
+    if (best.slot < 0) return -1;
+    constexpr int pitch = query_pitch(width);
+    const KeyProbe& probe = p_.row.stream.probe;
+    if (p_.warp == best.warp && is_there)
+      reinterpret_cast<uint4*>(keys ? probe.gone_key(pitch) : probe.gone_value(pitch))[chunk] = words;
+    __syncthreads();
+    return best.slot;
+  }
+
+  /// on_evict of a slot whose rows have been kept, while others write over them; by one warp.
+  __device__ void evict_hook(int victim) const {
+    const KeyProbe& probe = p_.row.stream.probe;
+    constexpr int pitch = query_pitch(width);
+    Player<P, plain>::template row_hook<false>(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim,
+                                               probe.gone_key(pitch), probe.gone_value(pitch));
+  }
+
   /// What the warps that do not stream do for steps to come, which must await the copies; and for the one before, unless rows
   /// are plain.
   __device__ void serve(int token) {
@@ -161,13 +231,14 @@ class StepRow : protected StepLook<P, width> {
   /// A token's inputs; its numbers are there.
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
-    if (streamed()) inputs().fetch(token, numbers.measured, numbers.row, p_.warp - stream_warps);
+    if (streamed() && p_.warp >= first_server)
+      inputs().fetch(token, numbers.measured, numbers.row, p_.warp - first_server, team_warps - first_server);
   }
   /// Fixed::coming of a token, by one thread.
   __device__ void fetch_numbers(int token) const {
     auto& numbers = p_.fixed.coming[token % 4];
-    const int there = min(token, p_.trace.tokens - 1);
-    copy_4(shared_address(&numbers.measured), p_.settings.measured_of_token + there, true);
+    const int there = min(token, args_.trace.tokens - 1);
+    copy_4(shared_address(&numbers.measured), args_.settings.measured_of_token + there, true);
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
@@ -176,19 +247,21 @@ class StepRow : protected StepLook<P, width> {
   template <bool apart = true>
   __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
+    if (p_.warp < first_server) return;
 #pragma unroll 1
-    for (int g = p_.warp - stream_warps; g < p_.trace.group; g += team_warps - stream_warps) {
+    for (int g = p_.warp - first_server; g < args_.trace.group; g += team_warps - first_server) {
       const float* const full_output = inputs().full_output(measured_token_, g, measured_);
       if constexpr (!plain) {
         measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim, full_output,
                      static_cast<double>(p_.row.log_sum[g]));
       } else {
-        const float4 output =
-            attention().output_of(g, weights_, p_.fixed.look, measured_token_, inputs().value(measured_token_), p_.row);
+        const MeasuredHead head{g, measured_, args_.settings.measured_count, measured_token_};
+        const float4 output = attention().output_of(g, weights_, args_.trace.group, args_.trace.value_dim, width,
+                                                    measured_token_, inputs().value(measured_token_), p_.row);
         if constexpr (apart)
-          measure_lanes_apart(p_.fixed, g, measured_, measured_token_, output, full_output);
+          measure_lanes_apart(p_.fixed, args_.trace, head, output, full_output);
         else
-          measure_lanes(p_.fixed, g, measured_, measured_token_, output, full_output);
+          measure_lanes(p_.fixed, args_.trace, head, output, full_output);
       }
     }
   }
@@ -220,11 +293,11 @@ class StepRow : protected StepLook<P, width> {
   __device__ void follow(const StepRow& copy) {
     p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_, weights_ = copy.weights_;
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
-    own_look_ = copy.own_look_, look_probes_ = copy.look_probes_, bias_moved_ = copy.bias_moved_;
+    own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_;
   }
 
   // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
-  static constexpr int serving = 1;
+  static constexpr int serving = 1, places_known = 3;
   static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
 
   const bool prepares_;                      // every step does
@@ -232,7 +305,6 @@ class StepRow : protected StepLook<P, width> {
   int row_of_ = -1;                          // token whose row the logits are of
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
   bool own_look_ = false;                    // fixed.look is that of a step's own row
-  bool look_probes_ = false;                 // and has the policy's key probe
   bool bias_moved_ = false;
 };
 

@@ -35,64 +35,35 @@ class Steps : StepRow<P, width, tile> {
  private:
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
-  using Row::absolute;
-  using Row::args_;
-  using Row::asks_for_mass;
-  using Row::attend_again;
-  using Row::begin;
-  using Row::begin_step;
-  using Row::bias_;
-  using Row::bias_moved_;
-  using Row::end;
-  using Row::fetch_ahead;
-  using Row::future_mass;
-  using Row::inputs;
-  using Row::links;
-  using Row::look_around;
-  using Row::look_probes_;
-  using Row::mass;
-  using Row::may_part;
-  using Row::measure_row;
-  using Row::measured_;
-  using Row::measured_token_;
-  using Row::own_look_;
-  using Row::p_;
-  using Row::pass;
-  using Row::prepare;
-  using Row::prepares_;
-  using Row::probes;
-  using Row::row_of_;
-  using Row::serve;
-  using Row::serving;
-  using Row::serving_threads;
-  using Row::settle_measure;
-  using Row::start_clock;
-  using Row::stop_clock;
-  using Row::stream_tile;
-  using Row::streaming_threads;
-  using Row::streams_now;
-  using Row::watches;
+  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::begin, Row::begin_step, Row::bias_,
+      Row::bias_moved_, Row::end, Row::fetch_ahead, Row::future_mass, Row::inputs, Row::first_server,
+      Row::has_row_hooks, Row::lags, Row::links, Row::look_around, Row::mass, Row::may_part, Row::measure_row,
+      Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass, Row::prepare, Row::prepares_,
+      Row::probes, Row::row_of_, Row::serve, Row::places_known, Row::serving, Row::serving_threads, Row::settle_measure,
+      Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streaming_threads, Row::streams_now,
+      Row::looks_otherwise, Row::vector_moved, Row::vector_moves, Row::watches;
 
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.coming[token % 4].measured;  // attended, if timed, and no more
     const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
     const bool due = p_.due(token), attends = m >= 0 || observes;
-    const bool prepares = prepares_ || !own_look_ || !attends;
+    const bool looks = !own_look_ || !absolute() || future_mass() || (attends && looks_otherwise(due));
+    const bool prepares = prepares_ || looks || !attends || vector_moved();
     row_of_ = -1, p_.probe_known = false;
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
       if (future_mass()) settle_measure();
-      const bool looks = !own_look_ || !absolute() || future_mass() || probes(due) != look_probes_;
       Ring ring = p_.ring;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks, width > 0 ? nullptr : &ring);
       if constexpr (width == 0) p_.ring = ring;
-      own_look_ = own_look_ || attends, p_.probe_known = attends && probes(due);
-      look_probes_ = attends ? probes(due) : look_probes_;
+      own_look_ = own_look_ || attends;
+      if (!attends) vector_moves();
       bias_ = detail::declares_log_bias<P> ? p_.unit.bias : nullptr;
       stop_clock(TimedPhase::append);
     }
     if (attends) {
+      p_.probe_known = probes(due);
       pass(token, !prepares);
       token = p_.now;
       // Where warps part, those that stream have nothing to do with it.
@@ -123,8 +94,8 @@ class Steps : StepRow<P, width, tile> {
   /// Whether the warps part at the end of a step that lets one slot go: but for clocks, which want all to be where they are.
   __device__ bool parts() const {
     const Traits traits = p_.traits();
-    return !traits.key_probe && !traits.window_past && !traits.window_once && p_.trace.group <= loop_heads &&
-           !args_.timed;
+    return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
+           !traits.window_once && p_.trace.group <= loop_heads && !args_.timed;
   }
   /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
   /// fetch inputs and keep the books. Returns whether a slot went.
@@ -135,17 +106,32 @@ class Steps : StepRow<P, width, tile> {
       if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), stream_tile());
       return victim >= 0;
     }
-    look_back(token);
-    if (victim < 0) return false;
+    if constexpr (!has_row_hooks) look_back(token);
+    if (victim >= 0) take_out(victim);
+    if constexpr (has_row_hooks) look_back(token);
+    if (victim >= 0) --p_.size;
+    return victim >= 0;
+  }
+  /// What the warps that do not stream do for a slot that goes. Hooks of rows go first: the clerk has no part in closing the gap.
+  __device__ __forceinline__ void take_out(int victim) {
+    const int gap = placeless_ ? -1 : p_.unit.rank[victim];
+    if constexpr (detail::declares_on_evict<P>)
+      if (p_.is_clerk_warp()) this->evict_hook(victim);
     if (!placeless_) {
-      const int gap = p_.unit.rank[victim];
-      named_wait(serving, serving_threads);
-      p_.close_gap(victim, gap, static_cast<int>(threadIdx.x) - streaming_threads, serving_threads);
-      named_wait(serving, serving_threads);
+      if (has_row_hooks && p_.is_clerk_warp()) {
+        named_arrive(serving, serving_threads);
+      } else {
+        constexpr int first = 32 * first_server;
+        named_wait(serving, serving_threads);
+        p_.close_gap(victim, gap, static_cast<int>(threadIdx.x) - first, team_threads - first);
+        if constexpr (has_row_hooks)
+          named_arrive(places_known, serving_threads);
+        else
+          named_wait(serving, serving_threads);
+      }
     }
     if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
-    --p_.size;
-    return true;
+    if (has_row_hooks && !placeless_ && p_.is_clerk_warp()) named_wait(places_known, serving_threads);
   }
   /// What the warps that do not stream do after a step's row, where they may part from the others.
   __device__ __forceinline__ void look_back(int token) {
@@ -226,6 +212,7 @@ class Steps : StepRow<P, width, tile> {
       stop_clock(TimedPhase::compact);
       more = p_.over_budget();
       row_of_ = -1, p_.probe_known = false;  // slots have moved
+      vector_moves();
     }
     if (p_.is_clerk()) ++p_.progress.compressions;
     if constexpr (copies_boxes) written_to_device();
@@ -240,6 +227,7 @@ class Steps : StepRow<P, width, tile> {
 
   /// The victim joins its target or is counted, and goes. Needs a barrier before, one must follow.
   __device__ void drop(int token, int victim) {
+    vector_moves();
     const int last = p_.size - 1;
     const void *key = inputs().key(token), *value = inputs().value(token);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
@@ -350,6 +338,7 @@ class Steps : StepRow<P, width, tile> {
       meet();
       each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
     }
+    if constexpr (parted && detail::declares_on_evict<P>) return this->least_with_rows(mine, slot);
     return p_.team.least(mine, slot, p_.now & 1).slot;
   }
 

@@ -6,8 +6,8 @@
 // Behind the last slot a tile holds what was there before: numbers, which count nothing.
 //
 // Products are mma.m16n8k16: keys times queries, then values times probabilities, whose right operands have room for eight
-// heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's probe vector
-// goes along as three more rows of queries.
+// heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's vector goes
+// along as the right operand of products of its own (key_probe.cuh).
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/tensor_words.cuh"
@@ -22,6 +22,7 @@ template <class Element, int width, int tile, Probing probing, bool plain = fals
 class Stream : TileRing {
  public:
   static constexpr int row_blocks = tile / 16, channel_blocks = width / 16;
+  static constexpr bool probes = probing != Probing::none;
   static constexpr unsigned half_bytes = TileRing::half_bytes(tile), tile_bytes = TileRing::tile_bytes(width, tile);
   static constexpr float headroom = 8 * ln_2;  // probabilities may grow to 2^8 before sums are scaled anew
 
@@ -43,7 +44,7 @@ class Stream : TileRing {
                                                                                            : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
-        both_at_once_(probing != Probing::among_queries && group <= stream_heads / 2),
+        both_at_once_(probing == Probing::among_queries || group <= stream_heads / 2),
         scale_(look.scale),
         logits_(look.logits && head() < group ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
                                               : nullptr),
@@ -55,6 +56,7 @@ class Stream : TileRing {
     const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
     query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
     row_ = static_cast<int>(mine.w);
+    if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row();
     if (!plain || !last_log_sums) return;
     const int first = both_at_once_ ? head() % 4 : head();
     const float2 last = *reinterpret_cast<const float2*>(last_log_sums + first);
@@ -80,6 +82,7 @@ class Stream : TileRing {
     do {
       int after = at + (down ? -stream_warps : stream_warps);
       if (static_cast<unsigned>(after) >= static_cast<unsigned>(tiles_)) after = tiles_;  // none
+      if constexpr (probes) keep_probe(at - 2 * (down ? -stream_warps : stream_warps), first_tile(down, tiles_, warp_));
       if (!keys_there) await<true>(landed_, turn);
       float dots[row_blocks][4];
       dot_keys(at, dots);
@@ -93,8 +96,8 @@ class Stream : TileRing {
       read_values(0, 0, rows);  // before the branches of soften(), past which the compiler does not put them off
       unsigned high[row_blocks][2], low[row_blocks][2];
       soften(at, first, dots, high, low);
-      add_values<true>(rows, high, low);
-      if (probing != Probing::among_queries && !both_at_once_) add_values<false>(rows, low, low);
+      add_values<true>(rows, high);
+      if (!both_at_once_) add_values<false>(rows, low);
       __syncwarp();
       if (!held) ++turn;
       first = held = false;
@@ -102,6 +105,11 @@ class Stream : TileRing {
       fetch<false>(after);
       at = after;
     } while (at < tiles_);
+    if constexpr (probes) {
+      const int step = down ? -stream_warps : stream_warps, last = first_tile(!down, tiles_, warp_);
+      if (plain && !is_tile(last - 2 * step)) named_wait(weights_known, weights_threads);
+      keep_probe(last - step), keep_probe(last);
+    }
   }
 
   /// The warp's part of every head's output, unnormalised; of all channels, there or not.
@@ -167,18 +175,16 @@ class Stream : TileRing {
            static_cast<unsigned>(m) * 16 * 128;
   }
 
-  /// Keys are the left operand, a slot a row; all heads' queries are the right one. Even and odd blocks of channels are added
-  /// up apart: products wait for the last one of the same sum.
+  /// Keys are the left operand, a slot a row; all heads' queries are the right one. Where nothing else stands between products that
+  /// wait for one another, even and odd blocks of channels are added up apart.
   __device__ __forceinline__ void dot_keys(int which, float (&dots)[row_blocks][4]) const {
-    float sum[2][row_blocks][4] = {}, probe[2][row_blocks][4] = {};
-    const unsigned probe_at = probing == Probing::apart ? shared_address(memory_.probe) +
-                                                              (lane() % 4 * query_pitch(width) + lane() / 8 * 8) * 2
-                                                        : 0;
+    constexpr bool apart = probing == Probing::apart;
+    constexpr int sums = apart ? 1 : 2, ahead = 2;
+    float sum[sums][row_blocks][4] = {}, probe[row_blocks][4] = {};
     const auto multiply = [](float(&to)[4], const uint4& keys, const uint4& right, int k) {
       Words<Element>::mma(to, {keys.x, keys.y, keys.z, keys.w}, k == 0 ? right.x : right.z, k == 0 ? right.y : right.w);
     };
-    constexpr int ahead = 2;
-    uint4 query[2], key[ahead + 1][row_blocks];
+    uint4 query[2], operand, key[ahead + 1][row_blocks];
     const auto read = [&](int b) __attribute__((always_inline)) {
       if (b % 2 == 0) query[b / 2 % 2] = load_matrices(query_ + static_cast<unsigned>(b) * 32);
 #pragma unroll
@@ -188,37 +194,64 @@ class Stream : TileRing {
     for (int b = 0; b < ahead; ++b) read(b);
 #pragma unroll
     for (int b = 0; b < channel_blocks; ++b) {
+      if (apart && b % 2 == 0) operand = load_matrices(probe_row() + static_cast<unsigned>(b) * 32);
       if (b + ahead < channel_blocks) read(b + ahead);
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
-      const int k = b % 2;
 #pragma unroll
-      for (int m = 0; m < row_blocks; ++m) multiply(sum[k][m], key[b % (ahead + 1)][m], query[b / 2 % 2], k);
-      if constexpr (probing == Probing::apart) {
-        const uint4 vector = load_matrices(probe_at + static_cast<unsigned>(b / 2) * 64);
+      for (int m = 0; m < row_blocks; ++m) multiply(sum[b % sums][m], key[b % (ahead + 1)][m], query[b / 2 % 2], b % 2);
+      if constexpr (apart)
 #pragma unroll
-        for (int m = 0; m < row_blocks; ++m) multiply(probe[k][m], key[b % (ahead + 1)][m], vector, k);
-      }
+        for (int m = 0; m < row_blocks; ++m) multiply(probe[m], key[b % (ahead + 1)][m], operand, b % 2);
     }
 #pragma unroll
-    for (int m = 0; m < row_blocks; ++m) {
+    for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) dots[m][e] = sum[0][m][e] + sum[1][m][e];
+      for (int e = 0; e < 4; ++e) dots[m][e] = apart ? sum[0][m][e] : sum[0][m][e] + sum[sums - 1][m][e];
+    if constexpr (probing == Probing::among_queries)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int slot = slot_of(which, m, h);
-        if constexpr (probing == Probing::among_queries) keep_probe(slot, dots[m][2 * h], dots[m][2 * h + 1], group_);
-        if constexpr (probing == Probing::apart)
-          keep_probe(slot, probe[0][m][2 * h] + probe[1][m][2 * h], probe[0][m][2 * h + 1] + probe[1][m][2 * h + 1], 0);
-      }
-    }
+      for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {  // all lanes get both: of heads, and of the probe
+          const float mine = dots[m][e], theirs = __shfl_xor_sync(~0u, mine, 2);
+          dots[m][e] = column() < 2 ? mine : theirs, probe[m][e] = column() < 2 ? theirs : mine;
+        }
+    if constexpr (probes) keep_products(which, probe);
   }
-  __device__ static int slot_of(int which, int m, int half) { return which * tile + m * 16 + half * 8 + row(); }
 
-  /// Columns `first`, first + 1 and first + 2 of the product are the probe's three parts.
-  __device__ void keep_probe(int slot, float left, float right, int first) const {
-    const float next_left = __shfl_down_sync(~0u, left, 1), next_right = __shfl_down_sync(~0u, right, 1);
-    const float dot = first % 2 == 0 ? left + (right + next_left) : right + (next_left + next_right);
-    if (column() == first / 2 && slot < now_.slots) look_.probe[slot] = dot;
+  /// Where this lane's row of the probe's operand begins: of two parts of the vector, the newest key, the one that went last; twice.
+  __device__ unsigned probe_row() const {
+    constexpr int pitch = query_pitch(width);
+    const int which = static_cast<int>(lane() % 4);
+    const unsigned rows = shared_address(memory_.probe.rows), newest = shared_address(now_.newest_key);
+    const int of_token = (now_.query_token & 1) * probe_parts + which, row = which == 3 ? 2 * probe_parts : of_token;
+    return (which == 2 ? newest : rows + static_cast<unsigned>(row * pitch) * 2) + lane() / 8 * 16;
+  }
+  /// What the keys of a warp's last two tiles give with these four rows, [32][4], behind the rings.
+  __device__ unsigned products_of(int which) const {
+    const int of_warp = 2 * warp_ + static_cast<int>(static_cast<unsigned>(which) / stream_warps % 2);
+    return ring_ + static_cast<unsigned>(stream_warps - warp_) * 2 * tile_bytes +
+           static_cast<unsigned>(of_warp) * probe_tile_bytes;
+  }
+  __device__ void keep_products(int which, const float (&products)[row_blocks][4]) const {
+    const unsigned to = products_of(which) + static_cast<unsigned>(row() * 16 + column() % 2 * 8);
+#pragma unroll
+    for (int m = 0; m < row_blocks; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        store_shared(to + static_cast<unsigned>(m * 16 + h * 8) * 16,
+                     float2{products[m][2 * h], products[m][2 * h + 1]});
+  }
+  __device__ bool is_tile(int which) const { return static_cast<unsigned>(which) < static_cast<unsigned>(tiles_); }
+  /// What a tile's keys give with the vector as hooks have made it, which is waited for by a row's first one; a lane a slot.
+  /// Nothing beyond the row.
+  __device__ __forceinline__ void keep_probe(int which, int first = -1) const {
+    if (!is_tile(which)) return;
+    if (plain && which == first) named_wait(weights_known, weights_threads);
+    const int mine = static_cast<int>(lane()), slot = which * tile + mine;
+    const float4 product = load_shared(products_of(which) + lane() * 16);
+    const float* const weight = memory_.probe.weight;
+    const float dot = product.x + product.y + (weight[0] * product.w + weight[1] * product.z);
+    if (mine < tile && slot < now_.slots) look_.probe[slot] = dot;
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words: as right
@@ -338,11 +371,9 @@ class Stream : TileRing {
 #pragma unroll
     for (int i = 0; i < 4; ++i) rows[i] = load_turned(place(value_at_, first + i, m));
   }
-  /// Values are the left operand, a channel a row. `rows`: of the first four blocks, where they are `there`. `low` is of use
-  /// where rows are known not to go at once with `words`.
+  /// Values are the left operand, a channel a row. `rows`: of the first four blocks, where they are `there`.
   template <bool there>
-  __device__ __forceinline__ void add_values(uint4 (&rows)[4], const unsigned (&words)[row_blocks][2],
-                                             const unsigned (&low)[row_blocks][2]) {
+  __device__ __forceinline__ void add_values(uint4 (&rows)[4], const unsigned (&words)[row_blocks][2]) {
 #pragma unroll
     for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
@@ -351,10 +382,6 @@ class Stream : TileRing {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, words[m][0], words[m][1]);
-        if constexpr (probing == Probing::among_queries)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            Words<Element>::mma(output_[b + i], {rows[i].x, rows[i].y, rows[i].z, rows[i].w}, low[m][0], low[m][1]);
       }
   }
 

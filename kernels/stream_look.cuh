@@ -2,8 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "kernels/row_memory.hpp"
-#include "kernels/tensor_words.cuh"
+#include "kernels/key_probe.cuh"
 #include "kernels/tile_map.hpp"
 
 namespace kv {
@@ -67,16 +66,12 @@ struct StreamMemory {
   float* partial;
   // [32] where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.
   uint4* lanes;
-  unsigned* probe;  // [4][query_pitch / 2] the probe vector's parts as elements, and zeros
+  KeyProbe probe;  // where policies ask for one
 
   __device__ float* partial_of(int token, int group, int width) const {
     return partial + (token & 1) * stream_warps * group * stream_pitch(width);
   }
 };
-
-/// How a policy's vector goes along with a stream, as three rows (24 bits of it): not, in the places of queries that the group
-/// leaves free, or with products of its own.
-enum class Probing { none, among_queries, apart };
 
 /// Where a warp's ring stands between rows: nothing is under way.
 struct Ring {
@@ -108,24 +103,6 @@ __device__ inline void stage_queries(const RowLook& look, const Queries& from, s
       words = *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(from.first) + head * from.stride +
                                               chunk * 8);
     *reinterpret_cast<uint4*>(queries + head * pitch + chunk * 8) = words;
-  }
-}
-
-/// Fills three rows of elements whose sum is the vector to 24 bits: StreamMemory::probe, which ends with one of zeros, or rows of
-/// queries. By one warp; a barrier must follow.
-template <class Element>
-__device__ void split_probe(const float* vector, int key_dim, int width, unsigned* words, Probing where) {
-  const int pitch = query_pitch(width) / 2;
-  for (int turn = 0; turn < width / 64; ++turn) {
-    const int i = static_cast<int>(threadIdx.x % 32) + 32 * turn;
-    float x = 2 * i < key_dim ? vector[2 * i] : 0.f, y = 2 * i < key_dim ? vector[2 * i + 1] : 0.f;
-    for (int part = 0; part < 3; ++part) {
-      const unsigned word = Words<Element>::pack(x, y);
-      const float2 taken = Words<Element>::unpack(word);
-      x -= taken.x, y -= taken.y;
-      words[part * pitch + i] = word;
-    }
-    if (where == Probing::apart) words[3 * pitch + i] = 0;
   }
 }
 

@@ -14,7 +14,7 @@ struct TeamMemory {
   unsigned long long best[team_warps];
   struct alignas(16) Least {
     unsigned long long key;
-    int slot;
+    int slot, warp;  // and who has it
   } least[3][team_warps];
   alignas(16) int counts[256];
   int flag, number;
@@ -169,15 +169,22 @@ struct BlockTeam {
   }
 
   /// The smallest of every member's key with its slot, which is -1 when there is none; keys differ. One barrier is enough, and
-  /// given, if another lies between this and the next call of the same `turn` (0 to 2).
+  /// given, if another lies between this and the next call of the same `turn` (0 to 2). `meanwhile` is called before it with the lane
+  /// that has the least of its warp.
   __device__ TeamMemory::Least least(unsigned long long key, int slot, int turn) const {
+    return least(key, slot, turn, [](int) {});
+  }
+  template <class Meanwhile>
+  __device__ TeamMemory::Least least(unsigned long long key, int slot, int turn, Meanwhile meanwhile) const {
     TeamMemory::Least(&of_warps)[team_warps] = memory->least[turn];
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (lane == first_with_least(key)) of_warps[threadIdx.x / 32] = {key, slot};
+    const int best = first_with_least(key);
+    if (lane == best) of_warps[threadIdx.x / 32] = {key, slot, 0};
+    meanwhile(best);
     __syncthreads();
-    const TeamMemory::Least theirs = lane < team_warps ? of_warps[lane] : TeamMemory::Least{~0ull, -1};
+    const TeamMemory::Least theirs = lane < team_warps ? of_warps[lane] : TeamMemory::Least{~0ull, -1, 0};
     const int first = first_with_least(theirs.key);
-    return {__shfl_sync(~0u, theirs.key, first), __shfl_sync(~0u, theirs.slot, first)};
+    return {__shfl_sync(~0u, theirs.key, first), __shfl_sync(~0u, theirs.slot, first), first};
   }
 
   /// The first lane of a warp that has the smallest of its keys.

@@ -35,10 +35,13 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
   };
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    row.query_rows = query_rows(group, probes);
+    row.query_rows = query_rows(group);
     row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * ring_bytes));
+    if (probes) {
+      take(probe_product_bytes);  // right behind the rings
+      row.stream.probe.rows = reinterpret_cast<std::uint16_t*>(take(probe_row_bytes(width)));
+    }
     row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
-    if (probes) row.stream.probe = reinterpret_cast<unsigned*>(take(4 * query_pitch(width) * 2));
     for (auto& buffer : row.queries)
       buffer = reinterpret_cast<std::uint16_t*>(take(row.query_rows * query_pitch(width) * 2));
     row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
@@ -122,7 +125,7 @@ struct TokenAttention {
       else
         stream_apart(elements, look, now, memory.stream, ring);
     else
-      newest_slot(look, now, memory, warp_of_team() - stream_warps);
+      newest_slot(look, now, memory, warp_of_team() - stream_warps, team_warps - stream_warps);
     const int of_any = tile_slots(stream_width(look.key_dim, look.value_dim), short_ring),
               of = width > 0 ? tile : of_any;
     TileRing::advance(ring, TileRing::tiles_of_row(now.slots, of), false, warp_of_team());
@@ -168,11 +171,11 @@ struct TokenAttention {
     __syncwarp();
   }
 
-  /// The newest slot's logits and probe, heads dealt over the warps that do not stream: `first` is the warp's number among them.
-  __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory, int first) const {
+  /// The newest slot's logits, heads dealt over so many warps, of which this is the `first`-th.
+  __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory, int first, int warps) const {
     const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim)), group = look.group;
 #pragma unroll 1
-    for (int g = first; g < group; g += team_warps - stream_warps) {
+    for (int g = first; g < group; g += warps) {
       float dot = 0;  // two neighbouring channels a lane, and 64 further
       const auto add = [&](std::uint32_t query, std::uint32_t key) {
         dot = __fmaf_rn(widen(elements, static_cast<std::uint16_t>(query)),
@@ -193,7 +196,10 @@ struct TokenAttention {
       memory.stream.parts[g * softmax_parts + stream_warps] = {
           (!simple && look.bias ? x + look.bias[now.slots] : x) * log2_e, 1};
     }
-    if (look.probe_vector && first == 0) probe_slot(look, now.slots);
+  }
+  /// Its probe, if anybody asks; by one warp.
+  __device__ void newest_probe(const RowLook& look, const RowNow& now) const {
+    if (look.probe_vector) probe_row(look, now.slots, now.newest_key);
   }
 
   /// What the parts of a row count: lane h * softmax_parts + p of weight[i] holds what part p counts in head
@@ -204,9 +210,8 @@ struct TokenAttention {
   };
 
   /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
-  /// them. `shared_out`: the wholes are kept by the warps that measure, head by head; else by the last one. All threads; a
-  /// barrier before.
-  __device__ Weights log_sums(int group, RowMemory& memory, bool shared_out) const {
+  /// them. The wholes are kept by the warps from `first_keeper` on, head by head. All threads; a barrier before.
+  __device__ Weights log_sums(int group, RowMemory& memory, int first_keeper) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
@@ -229,7 +234,7 @@ struct TokenAttention {
       if (lane % softmax_parts == 0) {
         const int g = i * heads_at_once + lane / softmax_parts;
         memory.own_log_sum()[g] = (base + log2_fast(all)) * ln_2;
-        const int keeper = shared_out ? stream_warps + g % (team_warps - stream_warps) : team_warps - 1;
+        const int keeper = first_keeper + g % (team_warps - first_keeper);
         if (static_cast<int>(threadIdx.x / 32) == keeper) memory.whole[g] = {base, all};
       }
     }
@@ -239,15 +244,16 @@ struct TokenAttention {
 
   /// The log-sum-exp of a whole, exactly.
   __device__ static float log_sum_of(const SoftmaxPart& whole) {
-    return whole.sum > 0 ? (whole.most + log2f(whole.sum)) * ln_2 : -INFINITY;
+    const float log_sum = (whole.most + log2f(whole.sum)) * ln_2;  // whatever it is: a branch would wait
+    return whole.sum > 0 ? log_sum : -INFINITY;
   }
 
-  /// Four neighbouring channels a lane of head g's output, from what the warps left of a token's row; by one warp. Zeros beyond
-  /// the last.
-  __device__ float4 output_of(int g, const Weights& weights, const RowLook& look, int token, const void* newest_value,
-                              const RowMemory& memory) const {
-    const int dv = look.value_dim, width = stream_width(look.key_dim, dv), pitch = stream_pitch(width),
-              first_lane = g % heads_at_once * softmax_parts, c = 4 * static_cast<int>(threadIdx.x % 32);
+  /// Four neighbouring channels a lane of the output of the g-th of `group` heads, from what the warps left of a token's row, whose
+  /// streams are `width` wide; by one warp. Zeros beyond the last.
+  __device__ float4 output_of(int g, const Weights& weights, int group, int value_dim, int width, int token,
+                              const void* newest_value, const RowMemory& memory) const {
+    const int pitch = stream_pitch(width), first_lane = g % heads_at_once * softmax_parts,
+              c = 4 * static_cast<int>(threadIdx.x % 32);
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2);
     float weight[stream_warps + 1];
@@ -258,12 +264,12 @@ struct TokenAttention {
 #pragma unroll
       for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
     };
-    if (c < dv) {
-      const float* const partial = memory.stream.partial_of(token, look.group, width);
+    if (c < value_dim) {
+      const float* const partial = memory.stream.partial_of(token, group, width);
       float4 part[stream_warps];
 #pragma unroll
       for (int w = 0; w < stream_warps; ++w)
-        part[w] = *reinterpret_cast<const float4*>(partial + (w * look.group + g) * pitch + c);
+        part[w] = *reinterpret_cast<const float4*>(partial + (w * group + g) * pitch + c);
       const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
 #pragma unroll
       for (int w = 0; w < stream_warps; ++w) add(weight[w], {part[w].x, part[w].y, part[w].z, part[w].w});
@@ -278,11 +284,13 @@ struct TokenAttention {
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
   __device__ void combine(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    const Weights weights = log_sums(look.group, memory, false);
+    const Weights weights = log_sums(look.group, memory, team_warps - 1);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
-      const float4 output = output_of(g, weights, look, now.query_token, now.newest_value, memory);
+      const float4 output =
+          output_of(g, weights, look.group, look.value_dim, stream_width(look.key_dim, look.value_dim), now.query_token,
+                    now.newest_value, memory);
       if (4 * lane < look.value_dim) *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
     }
   }
@@ -294,8 +302,11 @@ struct TokenAttention {
   }
 
   __device__ void probe_slot(const RowLook& look, int slot) const {
-    const float dot = WarpRows{}.dot(DeviceRow::at(look.keys, elements, slot, look.key_dim),
-                                     detail::FloatRow{look.probe_vector, look.key_dim});
+    probe_row(look, slot, DeviceRow::at(look.keys, elements, slot, look.key_dim).data);
+  }
+  __device__ void probe_row(const RowLook& look, int slot, const void* key) const {
+    const float dot =
+        WarpRows{}.dot(DeviceRow{key, look.key_dim, elements}, detail::FloatRow{look.probe_vector, look.key_dim});
     if (threadIdx.x % 32 == 0) look.probe[slot] = dot;
   }
 };

@@ -90,6 +90,10 @@ inline void mma_half(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 using emulator::shared_address;
 inline void store_shared(uint32_t address, float x) { *reinterpret_cast<float*>(emulator::at_shared(address, 4)) = x; }
 inline void store_shared(uint32_t address, uint4 x) { *reinterpret_cast<uint4*>(emulator::at_shared(address, 16)) = x; }
+inline void store_shared(uint32_t address, float2 x) {
+  *reinterpret_cast<float2*>(emulator::at_shared(address, 8)) = x;
+}
+inline float4 load_shared(uint32_t address) { return *reinterpret_cast<float4*>(emulator::at_shared(address, 16)); }
 inline void count_one(uint32_t address, bool counts) {
   if (counts) ++*reinterpret_cast<std::uint32_t*>(emulator::at_shared(address, 4));
 }

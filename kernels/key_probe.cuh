@@ -1,0 +1,116 @@
+// A policy's vector beside the queries of a stream: the product of every key with it (trait key_probe).
+//
+// A step's stream begins before the hooks of rows have made its vector: on_evict of the slot that went last and on_append of
+// the newest token read rows, sum up and divide, one after the other, and a stream that waits for them waits for the longest
+// chain of a step. So the vector of the step before goes along, as two rows of elements, and these two keys as rows of their
+// own; how much of each the hooks have added is known before two tiles are done with. Whatever else a hook may have done
+// to the vector is found out: then the keys are read again.
+#pragma once
+#include "kernels/row_memory.hpp"
+#include "kernels/tensor_words.cuh"
+#include "kernels/warp_rows.cuh"
+
+namespace kv {
+
+/// How that goes along with a stream: not, in the places of queries that a group of four heads leaves free, or with products of
+/// its own.
+enum class Probing { none, among_queries, apart };
+
+/// What a stream needs for it, in shared memory.
+struct KeyProbe {
+  // [probe_rows][query_pitch] elements: the vector in parts, of tokens in turn, the key and value of the slot that went last,
+  // and the vector that the latest parts are of.
+  std::uint16_t* rows = nullptr;
+  alignas(8) float weight[2];  // how much of the key that went, and of the newest one, the vector has beside its parts
+  bool holds;                  // and nothing else
+  bool moved;                  // the vector has changed since its parts were made, until the end of the next row
+
+  __device__ std::uint16_t* parts_of(int token, int pitch) const { return rows + (token & 1) * probe_parts * pitch; }
+  __device__ std::uint16_t* gone_key(int pitch) const { return rows + 2 * probe_parts * pitch; }
+  __device__ std::uint16_t* gone_value(int pitch) const { return gone_key(pitch) + pitch; }
+  __device__ float2* vector(int pitch) const { return reinterpret_cast<float2*>(gone_key(pitch) + 2 * pitch); }
+};
+
+/// A named barrier: the weights of a plain row are known. Who streams it waits, who serves it arrives with one warp.
+constexpr int weights_known = 2, weights_threads = 32 * (stream_warps + 1);
+
+/// A warp as a row team that remembers how much of one key it has added to the policy's vector.
+struct ProbeRows : WarpRows {
+  const float* vector;
+  const void* key;
+  float* weight;
+  template <class A>
+  __device__ void add(float* to, float by, A row) const {
+    if constexpr (requires { row.data; })
+      if (to == vector && row.data == key) *weight += by;
+    WarpRows::add(to, by, row);
+  }
+};
+
+namespace detail {
+
+/// Two neighbouring channels of a row of elements, the i-th ones.
+template <class Element>
+__device__ float2 pair_of(const void* row, int i) {
+  return Words<Element>::unpack(static_cast<const unsigned*>(row)[i]);
+}
+
+/// Fills a token's rows with parts of the vector, whose sum it is to 2^-18 of each channel: of pairs of channels, 64 to a turn of
+/// the warp. Keeps the vector.
+template <class Element, int width>
+__device__ void split_pairs(const KeyProbe& probe, float2 (&x)[width / 64], int token) {
+  std::uint16_t* const parts = probe.parts_of(token, query_pitch(width));
+#pragma unroll
+  for (int t = 0; t < width / 64; ++t) probe.vector(query_pitch(width))[threadIdx.x % 32 + 32 * t] = x[t];
+#pragma unroll
+  for (int part = 0; part < probe_parts; ++part)
+#pragma unroll
+    for (int t = 0; t < width / 64; ++t) {
+      const unsigned word = Words<Element>::pack(x[t].x, x[t].y);
+      const float2 taken = Words<Element>::unpack(word);
+      x[t].x -= taken.x, x[t].y -= taken.y;
+      reinterpret_cast<unsigned*>(parts + part * query_pitch(width))[threadIdx.x % 32 + 32 * static_cast<unsigned>(t)] =
+          word;
+    }
+}
+
+}  // namespace detail
+
+/// The vector goes along with the row of a token as it is. By one warp; a barrier must follow.
+template <class Element, int width>
+__device__ void place_probe(KeyProbe& probe, const float* vector, int key_dim, int token) {
+  float2 x[width / 64];
+  for (int t = 0; t < width / 64; ++t) {
+    const int i = static_cast<int>(threadIdx.x % 32) + 32 * t;
+    x[t] = 2 * i < key_dim ? reinterpret_cast<const float2*>(vector)[i] : float2{0, 0};
+  }
+  detail::split_pairs<Element, width>(probe, x, token);
+  if (threadIdx.x % 32 == 0) probe.weight[0] = probe.weight[1] = 0, probe.holds = true;
+}
+
+/// The hooks of a token's step have made the vector what it is: whether its row, which is under way, finds that by its parts
+/// and weights, and the parts for the next row. By one warp; a barrier must follow.
+template <class Element, int width>
+__device__ void settle_probe(KeyProbe& probe, const float* vector, int key_dim, int token, const void* newest_key) {
+  constexpr int pitch = query_pitch(width), turns = width / 64;
+  const std::uint16_t* const gone_key = probe.gone_key(pitch);
+  const float gone = probe.weight[0], newest = probe.weight[1];
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  bool holds = true;
+  float2 x[turns], sum[turns];
+#pragma unroll
+  for (int t = 0; t < turns; ++t) {
+    const int i = lane + 32 * t;
+    const bool there = 2 * i < key_dim;
+    x[t] = there ? reinterpret_cast<const float2*>(vector)[i] : float2{0, 0};
+    sum[t] = probe.vector(pitch)[i];
+    const auto add = [&](float weight, const float2& y) { sum[t].x += weight * y.x, sum[t].y += weight * y.y; };
+    add(gone, detail::pair_of<Element>(gone_key, i)), add(newest, detail::pair_of<Element>(newest_key, i));
+    holds = holds & (sum[t].x == x[t].x) & (sum[t].y == x[t].y);
+  }
+  detail::split_pairs<Element, width>(probe, x, token + 1);
+  holds = __all_sync(~0u, holds);
+  if (lane == 0) probe.holds = holds;
+}
+
+}  // namespace kv
