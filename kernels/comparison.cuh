@@ -23,14 +23,17 @@ __device__ inline const float* full_output_of(const Unit& unit, const LayerData&
   return layer.full_output + static_cast<long>(row) * trace.value_dim;
 }
 
-/// Sums over a warp of four numbers a lane, each in the order of a butterfly over 16, 8, 4, 2 and 1 lanes: lanes 0 to 7 have
-/// the first one's, the next eight lanes the second one's, and so on.
-__device__ inline double sum_of_four(double a, double b, double c, double d) {
-  const bool upper = threadIdx.x % 32 >= 16, odd = threadIdx.x / 8 % 2 != 0;
-  const double e = (upper ? c : a) + __shfl_xor_sync(~0u, upper ? a : c, 16);
-  const double f = (upper ? d : b) + __shfl_xor_sync(~0u, upper ? b : d, 16);
-  double sum = (odd ? f : e) + __shfl_xor_sync(~0u, odd ? e : f, 8);
-  for (int k = 4; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+/// Sums over every `lanes` neighbours of four numbers a lane, each in the order of a butterfly over half of them, a quarter, and so
+/// on: the first quarter of the lanes has the first one's, the next the second one's, and so on.
+template <int lanes>
+__device__ double sum_of_four(double a, double b, double c, double d) {
+  constexpr int half = lanes / 2, quarter = lanes / 4;
+  const bool upper = threadIdx.x / half % 2 != 0, odd = threadIdx.x / quarter % 2 != 0;
+  const double e = (upper ? c : a) + __shfl_xor_sync(~0u, upper ? a : c, half);
+  const double f = (upper ? d : b) + __shfl_xor_sync(~0u, upper ? b : d, half);
+  double sum = (odd ? f : e) + __shfl_xor_sync(~0u, odd ? e : f, quarter);
+#pragma unroll
+  for (int k = quarter / 2; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
   return sum;
 }
 
@@ -49,16 +52,17 @@ struct OutputSums {
   }
 };
 
-/// Keeps the sums over a warp's lanes, one head's of a measured query, and lse(), which is asked for while they are added up.
-/// What single queries do not need is left to finish_measures.
-template <class Lse>
+/// Keeps the sums over `lanes` neighbours, one head's of a measured query, and lse(), which is asked for while they are added up;
+/// by full warps, heads beyond the last keep nothing. What single queries do not need is left to finish_measures.
+template <int lanes, class Lse>
 __device__ __forceinline__ void keep_sums(const Unit& unit, const TraceData& trace, Progress& progress,
                                           const MeasuredHead& head, const OutputSums& sums, Lse lse) {
-  const int lane = static_cast<int>(threadIdx.x % 32), here = head.g * head.count + head.m;
-  double *const to = unit.compared[lane / 8] + here, *const lost_mass = unit.lost_mass + here;
-  const double sum = sum_of_four(sums.error2, sums.full2, sums.got2, sums.dot), log_sum = lse();
-  if (lane % 8 != 0) return;
-  if (lane <= 8 && !isfinite(sum))
+  constexpr int quarter = lanes / 4;
+  const int lane = static_cast<int>(threadIdx.x % lanes), here = head.g * head.count + head.m;
+  double *const to = unit.compared[lane / quarter] + here, *const lost_mass = unit.lost_mass + here;
+  const double sum = sum_of_four<lanes>(sums.error2, sums.full2, sums.got2, sums.dot), log_sum = lse();
+  if (lane % quarter != 0 || head.g >= trace.group) return;
+  if (lane <= quarter && !isfinite(sum))
     record_error(progress, UnitError::not_finite, unit.info.kv_head * trace.group + head.g, head.token);
   *to = sum;
   if (lane == 0) *lost_mass = log_sum;
@@ -82,7 +86,7 @@ __device__ __forceinline__ void compare_outputs(const Unit& unit, const TraceDat
       if (delta) delta[c] = output[c] - full_output[c];
     }
   }
-  keep_sums(unit, trace, progress, head, sums, [&] { return lse; });
+  keep_sums<32>(unit, trace, progress, head, sums, [&] { return lse; });
 }
 
 }  // namespace kv

@@ -11,26 +11,29 @@ __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int tok
   compare_outputs(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, output, full_output, lse);
 }
 
-/// A streamed row's output of one head, four channels a lane, against full attention's; by one warp. `trace`: f.trace, from where
-/// it is read at the least cost.
-__device__ __forceinline__ void measure_lanes(Fixed& f, const TraceData& trace, const MeasuredHead& head, float4 output,
-                                              const float* full_output) {
-  const int c = 4 * static_cast<int>(threadIdx.x % 32), dv = trace.value_dim;
-  const SoftmaxPart whole = f.row.whole[head.g];
+/// A streamed row's output of one head against full attention's; by half a warp, while the other half has another head. `trace`:
+/// f.trace, from where it is read at the least cost.
+__device__ __forceinline__ void measure_half(Fixed& f, const TraceData& trace, const MeasuredHead& head,
+                                             const TokenAttention::HalfOutput& output, const float* full_output) {
+  const int last = min(head.g, trace.group - 1), row = head.m * trace.group + last;
+  const SoftmaxPart whole = f.row.whole[last];
+  float* const delta = f.unit.delta;
   OutputSums sums;
-  if (c < dv) {
-    float* const delta = f.unit.delta;
-    sums.add_four(
-        output, *reinterpret_cast<const float4*>(full_output + c),
-        delta ? reinterpret_cast<float4*>(delta + static_cast<long>(head.m * trace.group + head.g) * dv + c) : nullptr);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int c = output.first_channel() + output.half_row * i;
+    if (c >= trace.value_dim) break;
+    float4* const to = reinterpret_cast<float4*>(delta + static_cast<long>(row) * trace.value_dim + c);
+    sums.add_four(output.at[i], *reinterpret_cast<const float4*>(full_output + c), delta ? to : nullptr);
   }
-  keep_sums(f.unit, trace, f.progress, head, sums,
-            [&] { return static_cast<double>(TokenAttention::log_sum_of(whole)); });
+  keep_sums<16>(f.unit, trace, f.progress, head, sums,
+                [&] { return static_cast<double>(TokenAttention::log_sum_of(whole)); });
 }
 /// The same as a call.
-__device__ __noinline__ inline void measure_lanes_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
-                                                        float4 output, const float* full_output) {
-  measure_lanes(by_kept_address(f), trace, head, output, full_output);
+__device__ __noinline__ inline void measure_half_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
+                                                       const TokenAttention::HalfOutput& output,
+                                                       const float* full_output) {
+  measure_half(by_kept_address(f), trace, head, output, full_output);
 }
 
 /// The cosine and the lost mass of every measured query, from what measure_head left.

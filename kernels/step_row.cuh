@@ -228,11 +228,11 @@ class StepRow : protected StepLook<P, width> {
     if (threadIdx.x == team_threads - 32) fetch_numbers(coming + 1);
     close_copies();
   }
-  /// A token's inputs; its numbers are there.
+  /// A token's inputs; its numbers are there. The first warps have more to measure, so the last ones begin.
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
     if (streamed() && p_.warp >= first_server)
-      inputs().fetch(token, numbers.measured, numbers.row, p_.warp - first_server, team_warps - first_server);
+      inputs().fetch(token, numbers.measured, numbers.row, team_warps - 1 - p_.warp, team_warps - first_server);
   }
   /// Fixed::coming of a token, by one thread.
   __device__ void fetch_numbers(int token) const {
@@ -248,20 +248,23 @@ class StepRow : protected StepLook<P, width> {
   __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
     if (p_.warp < first_server) return;
+    constexpr int servers = team_warps - first_server;
 #pragma unroll 1
-    for (int g = p_.warp - first_server; g < args_.trace.group; g += team_warps - first_server) {
-      const float* const full_output = inputs().full_output(measured_token_, g, measured_);
+    for (int turn = p_.warp - first_server; turn < args_.trace.group; turn += servers) {
       if constexpr (!plain) {
-        measure_head(p_.fixed, g, measured_, measured_token_, p_.row.output + g * p_.trace.value_dim, full_output,
-                     static_cast<double>(p_.row.log_sum[g]));
-      } else {
+        measure_head(p_.fixed, turn, measured_, measured_token_, p_.row.output + turn * p_.trace.value_dim,
+                     inputs().full_output(measured_token_, turn, measured_), static_cast<double>(p_.row.log_sum[turn]));
+      } else if (2 * turn < args_.trace.group) {  // a pair of heads
+        const int g = TokenAttention::head_of_pair(turn);
         const MeasuredHead head{g, measured_, args_.settings.measured_count, measured_token_};
-        const float4 output = attention().output_of(g, weights_, args_.trace.group, args_.trace.value_dim, width,
-                                                    measured_token_, inputs().value(measured_token_), p_.row);
+        const auto output = attention().output_of(g, weights_, args_.trace.group, args_.trace.value_dim, width,
+                                                  measured_token_, inputs().value(measured_token_), p_.row);
+        const float* const full_output =
+            inputs().full_output(measured_token_, min(g, args_.trace.group - 1), measured_);
         if constexpr (apart)
-          measure_lanes_apart(p_.fixed, args_.trace, head, output, full_output);
+          measure_half_apart(p_.fixed, args_.trace, head, output, full_output);
         else
-          measure_lanes(p_.fixed, args_.trace, head, output, full_output);
+          measure_half(p_.fixed, args_.trace, head, output, full_output);
       }
     }
   }

@@ -210,7 +210,7 @@ struct TokenAttention {
   };
 
   /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
-  /// them. The wholes are kept by the warps from `first_keeper` on, head by head. All threads; a barrier before.
+  /// them. The wholes are kept by the warps from `first_keeper` on, pair by pair of heads. All threads; a barrier before.
   __device__ Weights log_sums(int group, RowMemory& memory, int first_keeper) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
@@ -234,7 +234,7 @@ struct TokenAttention {
       if (lane % softmax_parts == 0) {
         const int g = i * heads_at_once + lane / softmax_parts;
         memory.own_log_sum()[g] = (base + log2_fast(all)) * ln_2;
-        const int keeper = first_keeper + g % (team_warps - first_keeper);
+        const int keeper = first_keeper + g / 2 % (team_warps - first_keeper);
         if (static_cast<int>(threadIdx.x / 32) == keeper) memory.whole[g] = {base, all};
       }
     }
@@ -248,38 +248,50 @@ struct TokenAttention {
     return whole.sum > 0 ? log_sum : -INFINITY;
   }
 
-  /// Four neighbouring channels a lane of the output of the g-th of `group` heads, from what the warps left of a token's row, whose
-  /// streams are `width` wide; by one warp. Zeros beyond the last.
-  __device__ float4 output_of(int g, const Weights& weights, int group, int value_dim, int width, int token,
-                              const void* newest_value, const RowMemory& memory) const {
-    const int pitch = stream_pitch(width), first_lane = g % heads_at_once * softmax_parts,
-              c = 4 * static_cast<int>(threadIdx.x % 32);
+  /// Half a warp's share of a head's output: four neighbouring channels a lane, and four that are half_row further.
+  struct HalfOutput {
+    float4 at[2];
+    static constexpr int half_row = 64;
+    __device__ static int first_channel() { return 4 * static_cast<int>(threadIdx.x % 16); }
+  };
+  /// That of the g-th of `group` heads, g's pair being the same in both halves, from what the warps left of a token's row, whose
+  /// streams are `width` wide; by one warp. Zeros beyond the last channel; beyond the last head that one's.
+  __device__ HalfOutput output_of(int g, const Weights& weights, int group, int value_dim, int width, int token,
+                                  const void* newest_value, const RowMemory& memory) const {
+    g = min(g, group - 1);
+    const int pitch = stream_pitch(width), first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
-    static_assert(stream_heads / heads_at_once <= 2);
+    static_assert(stream_heads / heads_at_once <= 2 && heads_at_once % 2 == 0);
     float weight[stream_warps + 1];
 #pragma unroll
     for (int p = 0; p <= stream_warps; ++p) weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
-    float o[4] = {};
-    const auto add = [&](float each, const float(&x)[4]) {
+    const float* const partial = memory.stream.partial_of(token, group, width);
+    HalfOutput output{};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) o[i] = __fmaf_rn(x[i], each, o[i]);
-    };
-    if (c < value_dim) {
-      const float* const partial = memory.stream.partial_of(token, group, width);
+    for (int i = 0; i < 2; ++i) {
+      const int c = HalfOutput::first_channel() + HalfOutput::half_row * i;
+      if (c >= value_dim) break;
+      float4& o = output.at[i];
+      const auto add = [&](float each, const float4& x) {
+        o.x = __fmaf_rn(x.x, each, o.x), o.y = __fmaf_rn(x.y, each, o.y);
+        o.z = __fmaf_rn(x.z, each, o.z), o.w = __fmaf_rn(x.w, each, o.w);
+      };
       float4 part[stream_warps];
 #pragma unroll
       for (int w = 0; w < stream_warps; ++w)
         part[w] = *reinterpret_cast<const float4*>(partial + (w * group + g) * pitch + c);
       const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
 #pragma unroll
-      for (int w = 0; w < stream_warps; ++w) add(weight[w], {part[w].x, part[w].y, part[w].z, part[w].w});
+      for (int w = 0; w < stream_warps; ++w) add(weight[w], part[w]);
       add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
                                  widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
                                  widen(elements, static_cast<std::uint16_t>(words.y)),
                                  widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
     }
-    return {o[0], o[1], o[2], o[3]};
+    return output;
   }
+  /// The head of a pair that this half of a warp has to do with.
+  __device__ static int head_of_pair(int pair) { return 2 * pair + static_cast<int>(threadIdx.x / 16 % 2); }
 
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
@@ -287,13 +299,15 @@ struct TokenAttention {
     const Weights weights = log_sums(look.group, memory, team_warps - 1);
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
-    for (int g = static_cast<int>(threadIdx.x / 32); g < look.group; g += team_warps) {
-      const float4 output =
-          output_of(g, weights, look.group, look.value_dim, stream_width(look.key_dim, look.value_dim), now.query_token,
-                    now.newest_value, memory);
-      if (4 * lane < look.value_dim) *reinterpret_cast<float4*>(memory.output + g * look.value_dim + 4 * lane) = output;
-    }
+    const int pair = static_cast<int>(threadIdx.x / 32), g = head_of_pair(pair), dv = look.value_dim;
+    if (2 * pair >= look.group) return;
+    const HalfOutput output = output_of(g, weights, look.group, dv, stream_width(look.key_dim, dv), now.query_token,
+                                        now.newest_value, memory);
+    for (int i = 0; i < 2; ++i)
+      if (const int c = HalfOutput::first_channel() + HalfOutput::half_row * i; c < dv && g < look.group)
+        *reinterpret_cast<float4*>(memory.output + g * dv + c) = output.at[i];
   }
+  static_assert(2 * team_warps >= stream_heads);
 
  private:
   __device__ float bent(const RowLook& look, const RowNow& now, int slot, float dot) const {
