@@ -238,15 +238,14 @@ void Batch::steps(std::size_t first, std::size_t count, bool last_compresses) {
   const std::size_t wanted =
       program_->record_bytes(plan_.traits, launch.settings, trace_.data.group, trace_.data.key_dim, launch.step_slots);
   launch.record_bytes = static_cast<int>(std::min(wanted, record_room_));
-  constexpr int wide_tile = tile_slots(128, long_ring), more_ring = stream_warps * (long_ring - short_ring);
+  constexpr int wide_tile = tile_slots(128, long_ring);
   if (launch.plain_width == 128 && !launch.together && launch.step_slots > stream_warps * wide_tile &&
-      wanted + more_ring <= record_room_)
+      wanted + row_bytes(long_ring) - row_bytes_ <= record_room_)
     launch.ring_bytes = long_ring, launch.maps = maps_.at(long_ring);
   const int width = stream_width(trace_.data.key_dim, trace_.data.value_dim);
   launch.settings.kept_tiles = kept_tiles(launch.step_slots, tile_slots(width, launch.ring_bytes),
                                           wanted - static_cast<std::size_t>(launch.record_bytes));
-  const std::size_t shared = row_bytes_ + static_cast<std::size_t>(launch.record_bytes) +
-                             static_cast<std::size_t>(stream_warps * (launch.ring_bytes - short_ring));
+  const std::size_t shared = row_bytes(launch.ring_bytes) + static_cast<std::size_t>(launch.record_bytes);
   if (launch.together) KV_CUDA_TRY(cudaMemsetAsync(meeting_.data(), 0, meeting_.size() * sizeof(int), stream_));
   if (timing_ != Timing::none) step_timers_.push_back(std::make_unique<Timer>(TimedPhase::attend, stream_));
   program_->launch(launch, trace_.data.kv_heads, shared, stream_);

@@ -84,6 +84,8 @@ class Batch {
   };
   UnitSpan span() const;
   void make_units(const std::vector<DevicePoint>& points);
+  /// Shared memory of a row whose streams have rings of so many bytes.
+  std::size_t row_bytes(int ring_bytes) const;
   /// maps_ of all units' rows.
   void make_maps(std::size_t unit_bytes);
   Launch stage(Stage what, const BlockRange& block) const;
@@ -112,7 +114,7 @@ class Batch {
   int first_layer_;
   Timing timing_;
   std::unique_ptr<DeviceProgram> program_;
-  std::size_t row_bytes_ = 0, record_room_ = 0;  // shared memory of a row, and what is left for StepRecords
+  std::size_t row_bytes_ = 0, record_room_ = 0;  // row_bytes(short_ring), and what is left then for StepRecords
   std::size_t l2_bytes_ = 0;
   int multiprocessors_ = 0;
 

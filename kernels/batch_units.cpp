@@ -169,9 +169,7 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
   make_units(points);
 
   const TraceData& t = trace_.data;
-  const bool streamed = streams(t.elements, t.key_dim, t.value_dim, t.group);
-  row_bytes_ =
-      static_cast<std::size_t>(row_memory_bytes(streamed, t.key_dim, t.value_dim, t.group, plan_.traits.key_probe));
+  row_bytes_ = row_bytes(short_ring);
   int device = 0, per_multiprocessor = 0, per_block = 0;
   KV_CUDA_TRY(cudaGetDevice(&device));
   KV_CUDA_TRY(cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
@@ -188,6 +186,13 @@ Batch::Batch(const DeviceTrace& trace, const TraceHeader& header, const BatchPla
   // As much as lets two blocks of a multiprocessor cover for each other.
   const std::size_t half = static_cast<std::size_t>(per_multiprocessor) / 2, taken = row_bytes_ + team_memory_bytes;
   record_room_ = half > taken ? (half - taken) / 16 * 16 : 0;
+}
+
+std::size_t Batch::row_bytes(int ring_bytes) const {
+  const TraceData& t = trace_.data;
+  const bool streamed = streams(t.elements, t.key_dim, t.value_dim, t.group);
+  return static_cast<std::size_t>(
+      row_memory_bytes(streamed, t.key_dim, t.value_dim, t.group, plan_.traits.key_probe, ring_bytes));
 }
 
 void Batch::make_units(const std::vector<DevicePoint>& points) {

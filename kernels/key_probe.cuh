@@ -18,17 +18,15 @@ enum class Probing { none, among_queries, apart };
 
 /// What a stream needs for it, in shared memory.
 struct KeyProbe {
-  // [probe_rows][query_pitch] elements: the vector in parts, of tokens in turn, the key and value of the slot that went last,
-  // and the vector that the latest parts are of.
-  std::uint16_t* rows = nullptr;
+  char* rows = nullptr;        // the vector in parts, and what else probe_row_bytes() counts
   alignas(8) float weight[2];  // how much of the key that went, and of the newest one, the vector has beside its parts
   bool holds;                  // and nothing else
   bool moved;                  // the vector has changed since its parts were made, until the end of the next row
 
-  __device__ std::uint16_t* parts_of(int token, int pitch) const { return rows + (token & 1) * probe_parts * pitch; }
-  __device__ std::uint16_t* gone_key(int pitch) const { return rows + 2 * probe_parts * pitch; }
-  __device__ std::uint16_t* gone_value(int pitch) const { return gone_key(pitch) + pitch; }
-  __device__ float2* vector(int pitch) const { return reinterpret_cast<float2*>(gone_key(pitch) + 2 * pitch); }
+  __device__ void* parts_of(int token, int width) const { return rows + (token & 1) * probe_turn(width); }
+  __device__ void* gone_key(int width) const { return rows + probe_gone(width); }
+  __device__ void* gone_value(int width) const { return rows + probe_value(width); }
+  __device__ float2* vector(int width) const { return reinterpret_cast<float2*>(rows + probe_vector(width)); }
 };
 
 /// A named barrier: the weights of a plain row are known. Who streams it waits, who serves it arrives with one warp.
@@ -59,9 +57,9 @@ __device__ float2 pair_of(const void* row, int i) {
 /// the warp. Keeps the vector.
 template <class Element, int width>
 __device__ void split_pairs(const KeyProbe& probe, float2 (&x)[width / 64], int token) {
-  std::uint16_t* const parts = probe.parts_of(token, query_pitch(width));
+  unsigned* const parts = static_cast<unsigned*>(probe.parts_of(token, width));
 #pragma unroll
-  for (int t = 0; t < width / 64; ++t) probe.vector(query_pitch(width))[threadIdx.x % 32 + 32 * t] = x[t];
+  for (int t = 0; t < width / 64; ++t) probe.vector(width)[threadIdx.x % 32 + 32 * t] = x[t];
 #pragma unroll
   for (int part = 0; part < probe_parts; ++part)
 #pragma unroll
@@ -69,12 +67,35 @@ __device__ void split_pairs(const KeyProbe& probe, float2 (&x)[width / 64], int 
       const unsigned word = Words<Element>::pack(x[t].x, x[t].y);
       const float2 taken = Words<Element>::unpack(word);
       x[t].x -= taken.x, x[t].y -= taken.y;
-      reinterpret_cast<unsigned*>(parts + part * query_pitch(width))[threadIdx.x % 32 + 32 * static_cast<unsigned>(t)] =
-          word;
+      parts[part * query_pitch(width) / 2 + static_cast<int>(threadIdx.x % 32) + 32 * t] = word;
     }
 }
 
 }  // namespace detail
+
+/// Where this lane's row of the operand begins: of two parts of the vector, the newest key, the one that went last; twice.
+template <int width>
+__device__ unsigned probe_row_of_lane(const KeyProbe& probe, int token, const void* newest_key) {
+  const unsigned lane = threadIdx.x % 32, which = lane % 4;
+  const unsigned rows = shared_address(probe.rows), newest = shared_address(newest_key);
+  const unsigned part = static_cast<unsigned>(token & 1) * probe_turn(width) + which * query_pitch(width) * 2;
+  return (which == 2 ? newest : rows + (which == 3 ? probe_gone(width) : part)) + lane / 8 * 16;
+}
+/// Puts away a tile's products, [slots][4], of which a lane has a pair of the slots of its row; neighbours of two have the same.
+template <int row_blocks>
+__device__ void store_products(unsigned to, const float (&products)[row_blocks][4]) {
+  const unsigned lane = threadIdx.x % 32, at = to + lane / 4 * 16 + lane % 2 * 8;
+#pragma unroll
+  for (unsigned m = 0; m < row_blocks; ++m)
+#pragma unroll
+    for (unsigned h = 0; h < 2; ++h)
+      store_shared(at + (m * 16 + h * 8) * 16, float2{products[m][2 * h], products[m][2 * h + 1]});
+}
+/// What the lane's slot of a tile gives with the vector as hooks have made it.
+__device__ inline float probe_of_lane(const KeyProbe& probe, unsigned products) {
+  const float4 x = load_shared(products + threadIdx.x % 32 * 16);
+  return x.x + x.y + (probe.weight[0] * x.w + probe.weight[1] * x.z);
+}
 
 /// The vector goes along with the row of a token as it is. By one warp; a barrier must follow.
 template <class Element, int width>
@@ -92,8 +113,7 @@ __device__ void place_probe(KeyProbe& probe, const float* vector, int key_dim, i
 /// and weights, and the parts for the next row. By one warp; a barrier must follow.
 template <class Element, int width>
 __device__ void settle_probe(KeyProbe& probe, const float* vector, int key_dim, int token, const void* newest_key) {
-  constexpr int pitch = query_pitch(width), turns = width / 64;
-  const std::uint16_t* const gone_key = probe.gone_key(pitch);
+  constexpr int turns = width / 64;
   const float gone = probe.weight[0], newest = probe.weight[1];
   const int lane = static_cast<int>(threadIdx.x % 32);
   bool holds = true;
@@ -103,9 +123,9 @@ __device__ void settle_probe(KeyProbe& probe, const float* vector, int key_dim, 
     const int i = lane + 32 * t;
     const bool there = 2 * i < key_dim;
     x[t] = there ? reinterpret_cast<const float2*>(vector)[i] : float2{0, 0};
-    sum[t] = probe.vector(pitch)[i];
+    sum[t] = probe.vector(width)[i];
     const auto add = [&](float weight, const float2& y) { sum[t].x += weight * y.x, sum[t].y += weight * y.y; };
-    add(gone, detail::pair_of<Element>(gone_key, i)), add(newest, detail::pair_of<Element>(newest_key, i));
+    add(gone, detail::pair_of<Element>(probe.gone_key(width), i)), add(newest, detail::pair_of<Element>(newest_key, i));
     holds = holds & (sum[t].x == x[t].x) & (sum[t].y == x[t].y);
   }
   detail::split_pairs<Element, width>(probe, x, token + 1);

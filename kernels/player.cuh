@@ -89,10 +89,10 @@ struct Player : Play {
     __syncthreads();
   }
 
-  /// A token becomes slot size - 1, which the caller made room for: `key` and `value` are its rows. By the clerk's warp.
+  /// A token becomes slot size - 1, which the caller made room for: `key` and `value` are its rows, which write_rows_of() writes.
+  /// By the clerk's warp.
   __device__ void append_one(int token, const void* key, const void* value) const {
     const int slot = size - 1, lane = static_cast<int>(threadIdx.x % 32);
-    write_rows_of(slot, key, value);
     if (lane == 0) {  // all addresses before the first store, after which the compiler would have to read them anew
       int *const token_at = unit.token + slot, *const multiplicity_at = unit.multiplicity + slot;
       int *const order_at = unit.order + slot, *const rank_at = unit.rank + slot;

@@ -48,13 +48,25 @@ constexpr bool streams(Dtype elements, int key_dim, int value_dim, int group) {
 /// Rows that a token's queries take in shared memory: those of four heads serve both words of their probabilities.
 constexpr int query_rows(int group) { return group > stream_heads / 2 ? stream_heads : stream_heads / 2; }
 
-/// A policy's vector beside a stream (key_probe.cuh): its parts, of tokens in turn, the key and value of the slot that went
-/// last, and, in the room of two rows, the vector itself; and what the keys of a warp's last two tiles give with them.
-constexpr int probe_parts = 2, probe_rows = 2 * probe_parts + 4, probe_tile_bytes = 32 * 4 * 4;
-/// Whether the probe's operand has room beside the queries of a group.
+/// Whether a probe's operand has room beside the queries of a group (key_probe.cuh).
 constexpr bool probe_fits(int group) { return group <= stream_heads / 2; }
-constexpr int probe_row_bytes(int width) { return probe_rows * query_pitch(width) * 2; }
-constexpr int probe_product_bytes = stream_warps * 2 * probe_tile_bytes;
+
+/// Where rows of a probe's operand lie, in bytes: so that they are read at once with four queries, which have the first four of the
+/// eight places in every 128 bytes. The vector's parts have the next two, of tokens in turn, the newest key the seventh, the one
+/// that went last the eighth.
+constexpr int bank_bytes = 128, place_of_parts = 64, place_of_newest = 96, place_of_gone = 112, probe_parts = 2;
+constexpr int up_to_banks(int bytes) { return (bytes + bank_bytes - 1) / bank_bytes * bank_bytes; }
+/// From one token's parts to the next one's; to the key that went, its value, and the vector that the latest parts are of.
+constexpr int probe_turn(int width) { return up_to_banks(probe_parts * query_pitch(width) * 2); }
+constexpr int probe_gone(int width) { return 2 * probe_turn(width) + place_of_gone - place_of_parts; }
+constexpr int probe_value(int width) { return probe_gone(width) + width * 2; }
+constexpr int probe_vector(int width) { return probe_value(width) + width * 2; }
+constexpr int probe_row_bytes(int width) { return probe_vector(width) + width * 4; }
+/// What the keys of a tile give with that operand; of every warp's last two.
+constexpr int probe_tile_bytes(int tile) { return tile * 4 * 4; }
+constexpr int probe_product_bytes(int width, int ring_bytes) {
+  return stream_warps * 2 * probe_tile_bytes(tile_slots(width, ring_bytes));
+}
 
 /// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes. `probes`: rows may have a policy's vector
 /// beside their queries.
@@ -66,7 +78,7 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
     // Rings and parts of outputs; queries, the probe's rows and products, lanes; keys and values, full outputs.
     bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
              2 * query_rows(group) * query_pitch(width) * 2 +
-             (probes ? probe_row_bytes(width) + probe_product_bytes : 0) + 32 * 16 +
+             (probes ? probe_row_bytes(width) + probe_product_bytes(width, ring_bytes) + 5 * bank_bytes : 0) + 32 * 16 +
              input_buffers * (2 * width * 2 + group * value_dim * 4);
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16

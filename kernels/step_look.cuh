@@ -74,7 +74,10 @@ class StepLook : protected Stages<P, (width > 0)> {
     const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
     const int last = size - 1;
     if (p.is_clerk_warp()) {
-      p.append_one(token, s.inputs().key(token), s.inputs().value(token));
+      const void *key = s.inputs().key(token), *value = s.inputs().value(token);
+      p.write_rows_of(last, key, value);
+      p.append_one(token, key, value);
+      if (copies_boxes) written_to_device();  // that row; later ones by who writes them
       if (attends && s.streamed() && (s.probes(due) || (plain && p.traits().key_probe))) s.place_probe(token);
       if (biases && p.is_clerk()) p.fill_biases(last, size, 0, 1);
     } else if (biases) {

@@ -21,6 +21,8 @@ class StepRow : protected StepLook<P, width> {
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
   static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
   static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
+  static constexpr int row_writer =
+      first_server > stream_warps ? team_warps - 1 : stream_warps;  // of the newest token's
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
 
@@ -66,7 +68,7 @@ class StepRow : protected StepLook<P, width> {
   /// So that what a row's end leaves of the operands of probes, and a key that counts nothing yet, are numbers.
   __device__ void clear_probe() const {
     const int w = Base::stream_width(), i = static_cast<int>(threadIdx.x);
-    if (i < query_pitch(w)) p_.row.stream.probe.gone_key(query_pitch(w))[i] = 0;
+    if (i < w) static_cast<std::uint16_t*>(p_.row.stream.probe.gone_key(w))[i] = 0;
     for (int k = i; k < input_buffers * w; k += team_threads) p_.row.key[k] = 0;
   }
   /// After the last step.
@@ -101,6 +103,7 @@ class StepRow : protected StepLook<P, width> {
       stream(now);
     } else {
       if constexpr (plain && !may_part) measure_row<false>();
+      if (appends && p_.warp == row_writer) p_.write_rows_of(last, inputs().key(token), inputs().value(token));
       if (p_.is_clerk_warp()) {
         if (appends) p_.append_one(token, inputs().key(token), inputs().value(token));
         if (plain && p_.traits().key_probe) settle_probe(token);
@@ -198,10 +201,9 @@ class StepRow : protected StepLook<P, width> {
       if (mine >= 0 && is_there) words = static_cast<const uint4*>(rows)[mine * (dim / 8) + chunk];
     });
     if (best.slot < 0) return -1;
-    constexpr int pitch = query_pitch(width);
     const KeyProbe& probe = p_.row.stream.probe;
     if (p_.warp == best.warp && is_there)
-      reinterpret_cast<uint4*>(keys ? probe.gone_key(pitch) : probe.gone_value(pitch))[chunk] = words;
+      static_cast<uint4*>(keys ? probe.gone_key(width) : probe.gone_value(width))[chunk] = words;
     __syncthreads();
     return best.slot;
   }
@@ -209,9 +211,8 @@ class StepRow : protected StepLook<P, width> {
   /// on_evict of a slot whose rows have been kept, while others write over them; by one warp.
   __device__ void evict_hook(int victim) const {
     const KeyProbe& probe = p_.row.stream.probe;
-    constexpr int pitch = query_pitch(width);
     Player<P, plain>::template row_hook<false>(p_.fixed, p_.policy, p_.size, p_.now, p_.phase, p_.block, victim,
-                                               probe.gone_key(pitch), probe.gone_value(pitch));
+                                               probe.gone_key(width), probe.gone_value(width));
   }
 
   /// What the warps that do not stream do for steps to come, which must await the copies; and for the one before, unless rows
@@ -219,7 +220,7 @@ class StepRow : protected StepLook<P, width> {
   __device__ void serve(int token) {
     if constexpr (!plain) measure_row();
     fetch_ahead(token);
-    if (copies_boxes && p_.is_clerk_warp()) written_to_device();  // the newest row, which a stream may come to next
+    if (copies_boxes && p_.warp == row_writer) written_to_device();  // the newest row, which a stream may come to next
   }
   __device__ void fetch_ahead(int token) const {
     const int coming = token + fetched_ahead;

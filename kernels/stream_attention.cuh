@@ -215,31 +215,17 @@ class Stream : TileRing {
           const float mine = dots[m][e], theirs = __shfl_xor_sync(~0u, mine, 2);
           dots[m][e] = column() < 2 ? mine : theirs, probe[m][e] = column() < 2 ? theirs : mine;
         }
-    if constexpr (probes) keep_products(which, probe);
+    if constexpr (probes) store_products(products_of(which), probe);
   }
 
-  /// Where this lane's row of the probe's operand begins: of two parts of the vector, the newest key, the one that went last; twice.
   __device__ unsigned probe_row() const {
-    constexpr int pitch = query_pitch(width);
-    const int which = static_cast<int>(lane() % 4);
-    const unsigned rows = shared_address(memory_.probe.rows), newest = shared_address(now_.newest_key);
-    const int of_token = (now_.query_token & 1) * probe_parts + which, row = which == 3 ? 2 * probe_parts : of_token;
-    return (which == 2 ? newest : rows + static_cast<unsigned>(row * pitch) * 2) + lane() / 8 * 16;
+    return probe_row_of_lane<width>(memory_.probe, now_.query_token, now_.newest_key);
   }
-  /// What the keys of a warp's last two tiles give with these four rows, [32][4], behind the rings.
+  /// Where a tile's products with the probe's operand lie: behind the rings, of a warp's last two tiles.
   __device__ unsigned products_of(int which) const {
     const int of_warp = 2 * warp_ + static_cast<int>(static_cast<unsigned>(which) / stream_warps % 2);
     return ring_ + static_cast<unsigned>(stream_warps - warp_) * 2 * tile_bytes +
-           static_cast<unsigned>(of_warp) * probe_tile_bytes;
-  }
-  __device__ void keep_products(int which, const float (&products)[row_blocks][4]) const {
-    const unsigned to = products_of(which) + static_cast<unsigned>(row() * 16 + column() % 2 * 8);
-#pragma unroll
-    for (int m = 0; m < row_blocks; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        store_shared(to + static_cast<unsigned>(m * 16 + h * 8) * 16,
-                     float2{products[m][2 * h], products[m][2 * h + 1]});
+           static_cast<unsigned>(of_warp * probe_tile_bytes(tile));
   }
   __device__ bool is_tile(int which) const { return static_cast<unsigned>(which) < static_cast<unsigned>(tiles_); }
   /// What a tile's keys give with the vector as hooks have made it, which is waited for by a row's first one; a lane a slot.
@@ -248,9 +234,7 @@ class Stream : TileRing {
     if (!is_tile(which)) return;
     if (plain && which == first) named_wait(weights_known, weights_threads);
     const int mine = static_cast<int>(lane()), slot = which * tile + mine;
-    const float4 product = load_shared(products_of(which) + lane() * 16);
-    const float* const weight = memory_.probe.weight;
-    const float dot = product.x + product.y + (weight[0] * product.w + weight[1] * product.z);
+    const float dot = probe_of_lane(memory_.probe, products_of(which));
     if (mine < tile && slot < now_.slots) look_.probe[slot] = dot;
   }
 

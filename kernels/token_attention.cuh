@@ -33,20 +33,27 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
     memory += (bytes + 15) / 16 * 16;
     return at;
   };
+  const auto take_at = [&](int place, long bytes) {
+    memory += (place - static_cast<int>(reinterpret_cast<std::size_t>(memory) % bank_bytes) + bank_bytes) % bank_bytes;
+    return take(bytes);
+  };
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     row.query_rows = query_rows(group);
     row.stream.ring = reinterpret_cast<uint4*>(take(stream_warps * ring_bytes));
     if (probes) {
-      take(probe_product_bytes);  // right behind the rings
-      row.stream.probe.rows = reinterpret_cast<std::uint16_t*>(take(probe_row_bytes(width)));
+      take(probe_product_bytes(width, ring_bytes));  // right behind the rings
+      row.stream.probe.rows = take_at(place_of_parts, probe_row_bytes(width));
     }
-    row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
-    for (auto& buffer : row.queries)
-      buffer = reinterpret_cast<std::uint16_t*>(take(row.query_rows * query_pitch(width) * 2));
-    row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
-    row.key = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
+    for (auto& buffer : row.queries) {
+      const int bytes = row.query_rows * query_pitch(width) * 2;
+      buffer = reinterpret_cast<std::uint16_t*>(probes ? take_at(0, bytes) : take(bytes));
+    }
+    const int key_bytes = input_buffers * width * 2;
+    row.key = reinterpret_cast<std::uint16_t*>(probes ? take_at(place_of_newest, key_bytes) : take(key_bytes));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
+    row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
+    row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
   row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
