@@ -73,12 +73,13 @@ __device__ void split_pairs(const KeyProbe& probe, float2 (&x)[width / 64], int 
 
 }  // namespace detail
 
-/// Where this lane's row of the operand begins: of two parts of the vector, the newest key, the one that went last; twice.
-template <int width>
-__device__ unsigned probe_row_of_lane(const KeyProbe& probe, int token, const void* newest_key) {
+/// Where this lane's row of the operand of a RowNow begins: of two parts of the vector, the newest key, the one that went last;
+/// twice.
+template <int width, class Now>
+__device__ unsigned probe_row_of_lane(const KeyProbe& probe, const Now& row) {
   const unsigned lane = threadIdx.x % 32, which = lane % 4;
-  const unsigned rows = shared_address(probe.rows), newest = shared_address(newest_key);
-  const unsigned part = static_cast<unsigned>(token & 1) * probe_turn(width) + which * query_pitch(width) * 2;
+  const unsigned rows = shared_address(probe.rows), newest = shared_address(row.newest_key);
+  const unsigned part = static_cast<unsigned>(row.query_token & 1) * probe_turn(width) + which * query_pitch(width) * 2;
   return (which == 2 ? newest : rows + (which == 3 ? probe_gone(width) : part)) + lane / 8 * 16;
 }
 /// Puts away a tile's products, [slots][4], of which a lane has a pair of the slots of its row; neighbours of two have the same.

@@ -36,12 +36,12 @@ class Steps : StepRow<P, width, tile> {
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
   using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::begin, Row::begin_step, Row::bias_,
-      Row::bias_moved_, Row::end, Row::fetch_ahead, Row::future_mass, Row::inputs, Row::first_server,
-      Row::has_row_hooks, Row::lags, Row::links, Row::look_around, Row::mass, Row::may_part, Row::measure_row,
-      Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass, Row::prepare, Row::prepares_,
-      Row::probes, Row::row_of_, Row::serve, Row::places_known, Row::serving, Row::serving_threads, Row::settle_measure,
-      Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streaming_threads, Row::streams_now,
-      Row::looks_otherwise, Row::vector_moved, Row::vector_moves, Row::watches;
+      Row::bias_moved_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
+      Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_otherwise, Row::mass, Row::may_part,
+      Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass, Row::places_known,
+      Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
+      Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streaming_threads,
+      Row::streams_now, Row::vector_moved, Row::vector_moves, Row::watches;
 
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.coming[token % 4].measured;  // attended, if timed, and no more

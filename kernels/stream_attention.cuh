@@ -7,7 +7,7 @@
 //
 // Products are mma.m16n8k16: keys times queries, then values times probabilities, whose right operands have room for eight
 // heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's vector goes
-// along as the right operand of products of its own (key_probe.cuh).
+// along as further columns, or as a right operand of its own (key_probe.cuh).
 #pragma once
 #include "kernels/elements.cuh"
 #include "kernels/tensor_words.cuh"
@@ -56,7 +56,7 @@ class Stream : TileRing {
     const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
     query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
     row_ = static_cast<int>(mine.w);
-    if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row();
+    if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row_of_lane<width>(memory.probe, now);
     if (!plain || !last_log_sums) return;
     const int first = both_at_once_ ? head() % 4 : head();
     const float2 last = *reinterpret_cast<const float2*>(last_log_sums + first);
@@ -178,8 +178,7 @@ class Stream : TileRing {
   /// Keys are the left operand, a slot a row; all heads' queries are the right one. Where nothing else stands between products that
   /// wait for one another, even and odd blocks of channels are added up apart.
   __device__ __forceinline__ void dot_keys(int which, float (&dots)[row_blocks][4]) const {
-    constexpr bool apart = probing == Probing::apart;
-    constexpr int sums = apart ? 1 : 2, ahead = 2;
+    constexpr int apart = probing == Probing::apart, sums = apart ? 1 : 2, ahead = 2;
     float sum[sums][row_blocks][4] = {}, probe[row_blocks][4] = {};
     const auto multiply = [](float(&to)[4], const uint4& keys, const uint4& right, int k) {
       Words<Element>::mma(to, {keys.x, keys.y, keys.z, keys.w}, k == 0 ? right.x : right.z, k == 0 ? right.y : right.w);
@@ -194,7 +193,8 @@ class Stream : TileRing {
     for (int b = 0; b < ahead; ++b) read(b);
 #pragma unroll
     for (int b = 0; b < channel_blocks; ++b) {
-      if (apart && b % 2 == 0) operand = load_matrices(probe_row() + static_cast<unsigned>(b) * 32);
+      if (apart && b % 2 == 0)
+        operand = load_matrices(probe_row_of_lane<width>(memory_.probe, now_) + static_cast<unsigned>(b) * 32);
       if (b + ahead < channel_blocks) read(b + ahead);
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
 #pragma unroll
@@ -218,9 +218,6 @@ class Stream : TileRing {
     if constexpr (probes) store_products(products_of(which), probe);
   }
 
-  __device__ unsigned probe_row() const {
-    return probe_row_of_lane<width>(memory_.probe, now_.query_token, now_.newest_key);
-  }
   /// Where a tile's products with the probe's operand lie: behind the rings, of a warp's last two tiles.
   __device__ unsigned products_of(int which) const {
     const int of_warp = 2 * warp_ + static_cast<int>(static_cast<unsigned>(which) / stream_warps % 2);
