@@ -231,8 +231,7 @@ class Stream : TileRing {
     if (!is_tile(which)) return;
     if (plain && which == first) named_wait(weights_known, weights_threads);
     const int mine = static_cast<int>(lane()), slot = which * tile + mine;
-    const float dot = probe_of_lane(memory_.probe, products_of(which));
-    if (mine < tile && slot < now_.slots) look_.probe[slot] = dot;
+    if (mine < tile && slot < now_.slots) look_.probe[slot] = probe_of_lane(memory_.probe, products_of(which));
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words: as right
