@@ -302,7 +302,7 @@ class StepRow : protected StepLook<P, width> {
 
   // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
   static constexpr int serving = 1, places_known = 3;
-  static constexpr int streaming_threads = 32 * stream_warps, serving_threads = team_threads - streaming_threads;
+  static constexpr int serving_threads = team_threads - 32 * stream_warps;
 
   const bool prepares_;                      // every step does
   TokenAttention::Weights weights_;          // of the last row, where it is plain

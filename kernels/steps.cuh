@@ -40,8 +40,8 @@ class Steps : StepRow<P, width, tile> {
       Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_otherwise, Row::mass, Row::may_part,
       Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass, Row::places_known,
       Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
-      Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streaming_threads,
-      Row::streams_now, Row::vector_moved, Row::vector_moves, Row::watches;
+      Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved,
+      Row::vector_moves, Row::watches;
 
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.coming[token % 4].measured;  // attended, if timed, and no more
