@@ -3,8 +3,8 @@
 // A step's stream begins before the hooks of rows have made its vector: on_evict of the slot that went last and on_append of
 // the newest token read rows, sum up and divide, one after the other, and a stream that waits for them waits for the longest
 // chain of a step. So the vector of the step before goes along, as two rows of elements, and these two keys as rows of their
-// own; how much of each the hooks have added is known before two tiles are done with. Whatever else a hook may have done
-// to the vector is found out: then the keys are read again.
+// own; how much of each the hooks have added is known before a warp has done with more than two tiles. Whatever else a hook may
+// have done to the vector is found out: then the keys are read again.
 #pragma once
 #include "kernels/row_memory.hpp"
 #include "kernels/tensor_words.cuh"

@@ -21,8 +21,8 @@ class StepRow : protected StepLook<P, width> {
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
   static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
   static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
-  static constexpr int row_writer =
-      first_server > stream_warps ? team_warps - 1 : stream_warps;  // of the newest token's
+  /// The warp that writes the newest token's key and value to memory.
+  static constexpr int row_writer = first_server > stream_warps ? team_warps - 1 : stream_warps;
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
 
