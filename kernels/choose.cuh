@@ -11,8 +11,10 @@ namespace kv {
 enum : std::uint8_t { safety_normal, safety_protected, safety_sink };
 
 __device__ inline std::uint8_t safety_of(const Protect& protect, int now, float score, int token) {
-  if (score == INFINITY || token < protect.sinks) return safety_sink;
-  return score == kv::protect || now - token < protect.recent ? safety_protected : safety_normal;
+  // Without branches: whoever scores a step's slots waits for the last of them.
+  const bool sink = (score == INFINITY) | (token < protect.sinks);
+  const bool safe = (score == kv::protect) | (now - token < protect.recent);
+  return sink ? safety_sink : safe ? safety_protected : safety_normal;
 }
 
 __device__ __noinline__ inline float report_nan(Fixed& fixed, int slot, int token) {

@@ -29,8 +29,10 @@ struct KeyProbe {
   __device__ float2* vector(int width) const { return reinterpret_cast<float2*>(rows + probe_vector(width)); }
 };
 
-/// A named barrier: the weights of a plain row are known. Who streams it waits, who serves it arrives with one warp.
+/// Named barriers: the weights of a plain row are known. At one the warps that stream wait, at the other the warp that has to do with
+/// the newest key, which may come there late; the clerk's warp arrives.
 constexpr int weights_known = 2, weights_threads = 32 * (stream_warps + 1);
+constexpr int newest_weights_known = 4, newest_weights_threads = 2 * 32;
 
 /// A warp as a row team that remembers how much of one key it has added to the policy's vector.
 struct ProbeRows : WarpRows {
@@ -74,11 +76,10 @@ __device__ void split_pairs(const KeyProbe& probe, float2 (&x)[width / 64], int 
 }  // namespace detail
 
 /// Where this lane's row of the operand of a RowNow begins: of two parts of the vector, the newest key, the one that went last;
-/// twice.
+/// twice. `rows`: where KeyProbe::rows are.
 template <int width, class Now>
-__device__ unsigned probe_row_of_lane(const KeyProbe& probe, const Now& row) {
-  const unsigned lane = threadIdx.x % 32, which = lane % 4;
-  const unsigned rows = shared_address(probe.rows), newest = shared_address(row.newest_key);
+__device__ unsigned probe_row_of_lane(unsigned rows, const Now& row) {
+  const unsigned lane = threadIdx.x % 32, which = lane % 4, newest = shared_address(row.newest_key);
   const unsigned part = static_cast<unsigned>(row.query_token & 1) * probe_turn(width) + which * query_pitch(width) * 2;
   return (which == 2 ? newest : rows + (which == 3 ? probe_gone(width) : part)) + lane / 8 * 16;
 }
@@ -92,10 +93,38 @@ __device__ void store_products(unsigned to, const float (&products)[row_blocks][
     for (unsigned h = 0; h < 2; ++h)
       store_shared(at + (m * 16 + h * 8) * 16, float2{products[m][2 * h], products[m][2 * h + 1]});
 }
-/// What the lane's slot of a tile gives with the vector as hooks have made it.
-__device__ inline float probe_of_lane(const KeyProbe& probe, unsigned products) {
-  const float4 x = load_shared(products + threadIdx.x % 32 * 16);
+/// What a key gives with the vector as hooks have made it, from its products with the operand's rows.
+__device__ inline float probe_of(const KeyProbe& probe, const float4& products) {
+  const auto& x = products;
   return x.x + x.y + (probe.weight[0] * x.w + probe.weight[1] * x.z);
+}
+/// The same of the lane's slot of a tile.
+__device__ inline float probe_of_lane(const KeyProbe& probe, unsigned products) {
+  return probe_of(probe, load_shared(products + threadIdx.x % 32 * 16));
+}
+
+/// The same of the newest key, which no tile has; by one warp, to all its lanes. Waits until weights are known.
+template <class Element, int width, class Now>
+__device__ float probe_of_newest(const KeyProbe& probe, const Now& row) {
+  const auto* const parts = static_cast<const std::uint16_t*>(probe.parts_of(row.query_token, width));
+  const void* const rows[] = {parts, parts + query_pitch(width), row.newest_key, probe.gone_key(width)};
+  float sum[4] = {};
+#pragma unroll
+  for (int t = 0; t < width / 64; ++t) {
+    const int i = static_cast<int>(threadIdx.x % 32) + 32 * t;
+    const float2 key = detail::pair_of<Element>(row.newest_key, i);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float2 x = detail::pair_of<Element>(rows[r], i);
+      sum[r] += key.x * x.x + key.y * x.y;
+    }
+  }
+#pragma unroll
+  for (int k = 16; k > 0; k /= 2)
+#pragma unroll
+    for (float& each : sum) each += __shfl_xor_sync(~0u, each, k);
+  named_wait(newest_weights_known, newest_weights_threads);
+  return probe_of(probe, {sum[0], sum[1], sum[2], sum[3]});
 }
 
 /// The vector goes along with the row of a token as it is. By one warp; a barrier must follow.

@@ -249,7 +249,11 @@ struct Play {
   /// A row's new content where the ring holds it already; by the warp that streams the slot. `tile`: fixed.tile, which steps know.
   __device__ __forceinline__ void patch(int slot, const void* key, const void* value, int tile) const {
     if (!fixed.streamed) return;
-    TileRing::patch(row.stream, ring, stream_width(trace.key_dim, trace.value_dim), tile, slot, fixed.look, key, value);
+    const unsigned chunk = threadIdx.x % 16;
+    const bool keys = threadIdx.x % 32 < 16, there = static_cast<int>(chunk) * 8 < (keys ? trace.key_dim : trace.value_dim);
+    const uint4 words = there ? static_cast<const uint4*>(keys ? key : value)[chunk] : uint4{};
+    TileRing::patch(shared_address(row.stream.ring), ring, stream_width(trace.key_dim, trace.value_dim), tile, slot,
+                    words, there);
   }
   /// Whether this warp streams a slot.
   __device__ bool streams_slot(int slot, int tile) const { return warp == tile_of(slot, tile) % stream_warps; }

@@ -221,11 +221,12 @@ struct Player : Play {
 
   /// Whether a compression is due after (or, for probing policies, before) the present block.
   __device__ bool over_budget() const { return traits().needs_budget() && size > budget; }
-  __device__ bool due(int first) const {
+  __device__ bool due(int first) const { return due(first, trace, settings); }
+  /// The same; `of` and `by` are `trace` and `settings`, from where they are read at the least cost.
+  __device__ bool due(int first, const TraceData& of, const PlaySettings& by) const {
     if (!traits().compresses) return false;
     if (phase == Phase::prompt) return traits().needs_budget() ? over_budget() : size > 1;
-    return settings.compress == Compress::always && over_budget() &&
-           (first - trace.prompt_tokens + 1) % traits().interval == 0;
+    return by.compress == Compress::always && over_budget() && (first - of.prompt_tokens + 1) % traits().interval == 0;
   }
 
   /// key . vector of every slot, a warp a slot; needs a barrier before and gives one.

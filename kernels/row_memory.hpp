@@ -75,16 +75,16 @@ constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int gr
   int bytes = group * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
-    // Rings and parts of outputs; queries, the probe's rows and products, lanes; keys and values, full outputs.
+    // Rings and parts of outputs; queries, the probe's rows and products; keys and values, full outputs.
     bytes += stream_warps * (ring_bytes + 2 * group * stream_pitch(width) * 4) +
              2 * query_rows(group) * query_pitch(width) * 2 +
-             (probes ? probe_row_bytes(width) + probe_product_bytes(width, ring_bytes) + 5 * bank_bytes : 0) + 32 * 16 +
+             (probes ? probe_row_bytes(width) + probe_product_bytes(width, ring_bytes) + 5 * bank_bytes : 0) +
              input_buffers * (2 * width * 2 + group * value_dim * 4);
   }
   return (bytes + 15) / 16 * 16 + 12 * 16;  // every part begins at a multiple of 16
 }
 
 /// Bytes of shared memory that a team's own data and the runtime take beside it, at most.
-constexpr int team_memory_bytes = 6144;
+constexpr int team_memory_bytes = 7168;
 
 }  // namespace kv

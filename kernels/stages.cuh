@@ -128,7 +128,7 @@ class Stages {
   }
   __device__ bool watches() const {
     if (p_.phase == Phase::prompt) return p_.traits().observes_prompt;
-    return p_.settings.compress == Compress::always || detail::declares_log_bias<P>;
+    return args_.settings.compress == Compress::always || detail::declares_log_bias<P>;
   }
   __device__ void add_statistics(int first, int last) {
     const FutureQueries asked = p_.traits().future_queries;

@@ -54,7 +54,7 @@ class StepLook : protected Stages<P, (width > 0)> {
 
   __device__ void begin_step(int token, int block) {
     p_.now = token, p_.block_first = token, p_.block = block;
-    p_.phase = token < p_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
+    p_.phase = token < args_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
   }
 
   /// Whether the policy's key probe goes along with a step's row: only where the keys that are attended are those that hooks

@@ -21,8 +21,11 @@ class StepRow : protected StepLook<P, width> {
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
   static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
   static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
-  /// The warp that writes the newest token's key and value to memory.
-  static constexpr int row_writer = first_server > stream_warps ? team_warps - 1 : stream_warps;
+  /// Warps that measure, and which of them a warp is: the clerk's has most to do besides, and is the last, if it is one.
+  static constexpr int measurers = team_warps - first_server;
+  __device__ int measurer() const { return p_.is_clerk_warp() ? team_warps - stream_warps - 1 : p_.warp - stream_warps - 1; }
+  /// The warp that has to do with the newest token's key and value: its logits, and where they are written to memory.
+  static constexpr int row_writer = team_warps - 1;
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
 
@@ -73,6 +76,7 @@ class StepRow : protected StepLook<P, width> {
   }
   /// After the last step.
   __device__ void end() {
+    if (p_.is_clerk_warp()) await_books();
     await_copies<0>();
     __syncthreads();
     measure_row();
@@ -105,31 +109,36 @@ class StepRow : protected StepLook<P, width> {
       if constexpr (plain && !may_part) measure_row<false>();
       if (appends && p_.warp == row_writer) p_.write_rows_of(last, inputs().key(token), inputs().value(token));
       if (p_.is_clerk_warp()) {
+        await_books();
         if (appends) p_.append_one(token, inputs().key(token), inputs().value(token));
         if (plain && p_.traits().key_probe) settle_probe(token);
       }
-      if (p_.warp >= first_server)
-        attention().newest_slot(p_.fixed.look, now, p_.row, p_.warp - first_server, team_warps - first_server);
-      if (p_.is_clerk_warp()) attention().newest_probe(p_.fixed.look, now);
-      if constexpr (may_part)
+      attention().newest_slot(p_.fixed.look, now, p_.row, team_warps - 1 - p_.warp, team_warps - stream_warps);
+      if constexpr (may_part) {
+        if (p_.warp == row_writer && p_.traits().key_probe && p_.probe_known) {
+          const float probe = probe_of_newest<__nv_bfloat16, width>(p_.row.stream.probe, now);
+          if (threadIdx.x % 32 == 0) p_.unit.probe[last] = probe;
+        }
         await_copies<0>();  // the next step's inputs
-      else
+      } else {
+        if (p_.is_clerk_warp()) attention().newest_probe(p_.fixed.look, now);
         serve(token);
+      }
     }
+    __syncthreads();
     // What lies on the stack over a stream is read anew at every use, unless it is made anew.
     if constexpr (plain) p_.now = same_in_warp(p_.now), p_.size = same_in_warp(p_.size);
-    p_.stale = p_.changed = -1;
+    p_.stale = p_.changed = -1, books_open_ = false;
     TileRing::advance(p_.ring, TileRing::tiles_of_row(p_.size - 1, stream_tile()), stays, p_.warp);
-    __syncthreads();
     if (lags()) {
       KeyProbe& probe = p_.row.stream.probe;
       p_.probe_known = p_.probe_known && probe.holds;
       if (p_.is_clerk()) probe.weight[0] = probe.weight[1] = 0, probe.moved = false;
     }
-    if constexpr (plain)
-      weights_ = attention().log_sums(args_.trace.group, p_.row, first_server);
-    else
+    if constexpr (!plain)
       attention().combine(p_.fixed.look, now, p_.row);
+    else if (sees_row())
+      weights_ = attention().log_sums(args_.trace.group, p_.row, p_.now, measurer(), measurers);
   }
 
   /// Plain rows are streamed here, others by a call.
@@ -145,9 +154,8 @@ class StepRow : protected StepLook<P, width> {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(
-            look, now, memory, from, kept_tiles, args_.trace.group, p_.warp, p_.row.log_sums_of(p_.warp));
+            look, now, memory, from, kept_tiles, args_.trace.group, p_.warp, true);
         stream.run(p_.ring);
-        stream.store();
       };
       if (p_.traits().key_probe && p_.probe_known)
         run(std::integral_constant<Probing, Probing::among_queries>{});
@@ -167,10 +175,8 @@ class StepRow : protected StepLook<P, width> {
         .start(ring);
   }
 
-  /// Whether the policy's key probe goes along with the next row but not with the one that fixed.look is of, or the other way.
-  __device__ bool looks_otherwise(bool due) const {
-    return p_.traits().key_probe && Base::probes(due) != (p_.fixed.look.probe != nullptr);
-  }
+  /// Whether the policy's key probe goes along with the row that fixed.look is of.
+  __device__ bool looks_for_probe() const { return p_.traits().key_probe && p_.fixed.look.probe != nullptr; }
   /// Whether rows are streamed with a policy's vector of the step before, and what hooks add to it since.
   __device__ bool lags() const { return may_part && p_.traits().key_probe; }
   /// Something else has changed the vector since: it has to be placed anew before the next row. A barrier must follow.
@@ -180,11 +186,31 @@ class StepRow : protected StepLook<P, width> {
   __device__ bool vector_moved() const { return lags() && p_.row.stream.probe.moved; }
   /// The policy's vector as hooks have made it, for the row under way and the next one; by the clerk's warp.
   __device__ void settle_probe(int token) const {
+    if (p_.probe_known) {
+      named_arrive(weights_known, weights_threads);
+      named_arrive(newest_weights_known, newest_weights_threads);
+    }
     if constexpr (may_part)
       kv::settle_probe<__nv_bfloat16, width>(p_.row.stream.probe, p_.unit.vector, args_.trace.key_dim, token,
                                              inputs().key(token));
-    __syncwarp();
-    if (p_.probe_known) named_arrive(weights_known, weights_threads);
+  }
+  /// Play::take_place where rows are plain and the newest one is that of a token; a lane reads its part of it once.
+  __device__ __forceinline__ void take_place(int victim, int token) {
+    if (victim != p_.size - 1 && p_.streams_slot(victim, tile)) {
+      const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
+      const bool keys = lane < 16;
+      const int dim = keys ? args_.trace.key_dim : args_.trace.value_dim;
+      const bool there = chunk * 8 < dim;
+      const uint4* const newest = reinterpret_cast<const uint4*>(keys ? p_.row.key : p_.row.value);
+      uint4* const rows = reinterpret_cast<uint4*>(keys ? p_.unit.keys : p_.unit.values);
+      const unsigned rings = shared_address(p_.row.stream.ring);
+      __syncwarp();  // or the compiler puts these reads off
+      const uint4 words = newest[token % input_buffers * (width / 8) + chunk];
+      TileRing::patch(rings, p_.ring, width, tile, victim, words, there);
+      if (there) rows[victim * (dim / 8) + chunk] = words;
+      __syncwarp();
+    }
+    p_.changed = victim, --p_.size;
   }
 
   /// As BlockTeam::least, and the slot's key and value are kept for on_evict and the next row's probe: each warp has read those of
@@ -208,6 +234,10 @@ class StepRow : protected StepLook<P, width> {
     return best.slot;
   }
 
+  /// The clerk's warp waits until others have booked who went.
+  __device__ void await_books() const {
+    if (books_open_) named_wait(books_closed, serving_threads);
+  }
   /// on_evict of a slot whose rows have been kept, while others write over them; by one warp.
   __device__ void evict_hook(int victim) const {
     const KeyProbe& probe = p_.row.stream.probe;
@@ -243,15 +273,20 @@ class StepRow : protected StepLook<P, width> {
     copy_4(shared_address(&numbers.row), p_.layer.row_of_token + there, true);
   }
 
+  /// Whether hooks see what a row gives: else only who measures has to do with its log-sum-exps.
+  __device__ bool sees_row() const { return keeps_logits<P>(p_.traits(), args_.settings); }
+
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
   /// warps that do not stream. Of plain rows parts are left, which the next row leaves alone. `apart`: where that is seldom done.
   template <bool apart = true>
   __device__ __forceinline__ void measure_row() {
     if (measured_ < 0 || streams_now()) return;
-    if (p_.warp < first_server) return;
-    constexpr int servers = team_warps - first_server;
+    if (measurer() >= measurers) return;
+    if constexpr (plain)
+      if (!sees_row() && 2 * measurer() < args_.trace.group)
+        weights_ = attention().log_sums(args_.trace.group, p_.row, measured_token_, measurer(), measurers);
 #pragma unroll 1
-    for (int turn = p_.warp - first_server; turn < args_.trace.group; turn += servers) {
+    for (int turn = measurer(); turn < args_.trace.group; turn += measurers) {
       if constexpr (!plain) {
         measure_head(p_.fixed, turn, measured_, measured_token_, p_.row.output + turn * p_.trace.value_dim,
                      inputs().full_output(measured_token_, turn, measured_), static_cast<double>(p_.row.log_sum[turn]));
@@ -297,11 +332,11 @@ class StepRow : protected StepLook<P, width> {
   __device__ void follow(const StepRow& copy) {
     p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_, weights_ = copy.weights_;
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
-    own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_;
+    own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_, books_open_ = copy.books_open_;
   }
 
   // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
-  static constexpr int serving = 1, places_known = 3;
+  static constexpr int serving = 1, books_closed = 3;
   static constexpr int serving_threads = team_threads - 32 * stream_warps;
 
   const bool prepares_;                      // every step does
@@ -310,6 +345,7 @@ class StepRow : protected StepLook<P, width> {
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
   bool own_look_ = false;                    // fixed.look is that of a step's own row
   bool bias_moved_ = false;
+  bool books_open_ = false;  // others book who went, which the clerk has to await
 };
 
 }  // namespace kv

@@ -35,25 +35,30 @@ class Steps : StepRow<P, width, tile> {
  private:
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
-  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::begin, Row::begin_step, Row::bias_,
-      Row::bias_moved_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
-      Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_otherwise, Row::mass, Row::may_part,
-      Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass, Row::places_known,
+  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_books, Row::begin, Row::begin_step, Row::bias_,
+      Row::bias_moved_, Row::books_closed, Row::books_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
+      Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
+      Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass,
       Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
       Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved,
       Row::vector_moves, Row::watches;
 
   __device__ void take(int token, bool compresses) {
-    const int m = p_.fixed.coming[token % 4].measured;  // attended, if timed, and no more
+    const int m = p_.fixed.coming[static_cast<unsigned>(token) % 4].measured;  // attended, if timed, and no more
+    const bool looked_for_probe = looks_for_probe(), moved = vector_moved();
+    __syncwarp();  // or the compiler puts these reads off, and waits for one after the other
     const bool observes = detail::declares_on_attention<P> && p_.traits().observes && watches();
-    const bool due = p_.due(token), attends = m >= 0 || observes;
-    const bool looks = !own_look_ || !absolute() || future_mass() || (attends && looks_otherwise(due));
-    const bool prepares = prepares_ || looks || !attends || vector_moved();
+    const bool due = p_.due(token, args_.trace, args_.settings), attends = m >= 0 || observes;
+    const bool looks_otherwise = p_.traits().key_probe && probes(due) != looked_for_probe;
+    const bool looks = !own_look_ || !absolute() || future_mass() || (attends && looks_otherwise);
+    const bool prepares = prepares_ || looks || !attends || moved;
     row_of_ = -1, p_.probe_known = false;
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
       if (future_mass()) settle_measure();
+      if (p_.is_clerk_warp()) await_books();
+      books_open_ = false;
       Ring ring = p_.ring;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks, width > 0 ? nullptr : &ring);
       if constexpr (width == 0) p_.ring = ring;
@@ -103,7 +108,7 @@ class Steps : StepRow<P, width, tile> {
     const int victim = rank_slots<true>(token, observes);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
     if (streams_now()) {
-      if (victim >= 0) p_.take_place(victim, inputs().key(token), inputs().value(token), stream_tile());
+      if (victim >= 0) this->take_place(victim, token);
       return victim >= 0;
     }
     if constexpr (!has_row_hooks) look_back(token);
@@ -112,26 +117,24 @@ class Steps : StepRow<P, width, tile> {
     if (victim >= 0) --p_.size;
     return victim >= 0;
   }
-  /// What the warps that do not stream do for a slot that goes. Hooks of rows go first: the clerk has no part in closing the gap.
+  /// What the warps that do not stream do for a slot that goes. The clerk's warp runs the hooks of rows, if there are any, and the
+  /// others keep the books, which are closed by the time that they are looked at again.
   __device__ __forceinline__ void take_out(int victim) {
-    const int gap = placeless_ ? -1 : p_.unit.rank[victim];
-    if constexpr (detail::declares_on_evict<P>)
-      if (p_.is_clerk_warp()) this->evict_hook(victim);
-    if (!placeless_) {
-      if (has_row_hooks && p_.is_clerk_warp()) {
-        named_arrive(serving, serving_threads);
-      } else {
-        constexpr int first = 32 * first_server;
+    constexpr int first = 32 * first_server;
+    const int thread = static_cast<int>(threadIdx.x) - first, gap = placeless_ ? -1 : p_.unit.rank[victim];
+    if (has_row_hooks && p_.is_clerk_warp()) {
+      if constexpr (detail::declares_on_evict<P>) this->evict_hook(victim);
+      named_arrive(serving, serving_threads);
+    } else {
+      if (!placeless_) named_wait(serving, serving_threads);
+      if (thread == 0) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
+      if (!placeless_) p_.close_gap(victim, gap, thread, team_threads - first);
+      if constexpr (has_row_hooks)
+        named_arrive(books_closed, serving_threads);
+      else if (!placeless_)
         named_wait(serving, serving_threads);
-        p_.close_gap(victim, gap, static_cast<int>(threadIdx.x) - first, team_threads - first);
-        if constexpr (has_row_hooks)
-          named_arrive(places_known, serving_threads);
-        else
-          named_wait(serving, serving_threads);
-      }
     }
-    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
-    if (has_row_hooks && !placeless_ && p_.is_clerk_warp()) named_wait(places_known, serving_threads);
+    books_open_ = has_row_hooks;
   }
   /// What the warps that do not stream do after a step's row, where they may part from the others.
   __device__ __forceinline__ void look_back(int token) {
@@ -298,20 +301,23 @@ class Steps : StepRow<P, width, tile> {
     const int buffer = meetings_ & 1;
     unsigned long long mine = ~0ull;
     int slot = -1;
-    const auto rank = [&](int s, float score, int slot_token) {
+    int not_a_number = -1;  // a slot whose score is none
+    const auto rank = [&](int s, float score, int slot_token, bool may_go) {  // without branches, as safety_of()
       const unsigned long long key =
           static_cast<unsigned long long>(Cut::key_of(score)) << 31 | static_cast<unsigned>(0x7fffffff - slot_token);
-      if (key < mine) mine = key, slot = s;
+      const bool is_less = may_go & (key < mine);
+      mine = is_less ? key : mine, slot = is_less ? s : slot;
     };
     const auto look_at = [&](int s, int slot_token, const auto& seen) {
       const float given =
           detail::declares_on_compress<P> ? p_.unit.score[s] : slots.score(policy, head, s, slot_token, seen);
-      const float score = checked_score(p_.fixed, given, s, slot_token);
-      const std::uint8_t safety = safety_of(slots.protect, slots.now, score, slot_token);
+      const float score = isnan(given) ? 0.f : given;
+      not_a_number = isnan(given) ? s : not_a_number;
+      const bool may_go = safety_of(slots.protect, slots.now, score, slot_token) == safety_normal;
       if (meets)
-        p_.unit.score_at[buffer][s] = safety == safety_normal ? score : NAN;
-      else if (safety == safety_normal)
-        rank(s, score, slot_token);
+        p_.unit.score_at[buffer][s] = may_go ? score : NAN;
+      else
+        rank(s, score, slot_token, may_go);
     };
     const auto look_at_slot = [&](int s, int slot_token) { look_at(s, slot_token, p_.seen_in_window(head, s)); };
     constexpr bool compares = detail::declares_score_in<P> || detail::declares_on_compress<P>;
@@ -334,9 +340,10 @@ class Steps : StepRow<P, width, tile> {
       slots.observe(policy, p_.size, look_at_slot);
     else
       slots.each(p_.size, look_at_slot);
+    if (not_a_number >= 0) [[unlikely]] report_nan(p_.fixed, not_a_number, slots.token[not_a_number]);
     if (meets) {  // heads that keep the same tokens keep them in the same slots
       meet();
-      each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s]); });
+      each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s], true); });
     }
     if constexpr (parted && detail::declares_on_evict<P>) return this->least_with_rows(mine, slot);
     return p_.team.least(mine, slot, p_.now & 1).slot;

@@ -27,10 +27,43 @@ class Stream : TileRing {
   static constexpr float headroom = 8 * ln_2;  // probabilities may grow to 2^8 before sums are scaled anew
 
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from`, `group` and the thread's
-  /// `warp` as well. `last_log_sums`: of plain rows, those of the last one, head by head.
+  /// `warp` as well. `goes_on`: with the exponents' bases of the token before, where rows are plain.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                     const StreamSource& from, int kept_tiles, int group, int warp,
-                                    const float* last_log_sums = nullptr)
+                                    bool goes_on = false)
+      : Stream(look, now, memory, from, kept_tiles, group, warp,
+               Start(look, memory, group, warp, plain && goes_on ? now.query_token - 1 : -1)) {}
+
+ private:
+  static __device__ bool both_at_once(int group) {
+    return probing == Probing::among_queries || group <= stream_heads / 2;
+  }
+  /// What a row's beginning reads of shared memory: at once, or each would be waited for.
+  struct Start {
+    uint4 lane;
+    float2 most;  // before the first tile
+    float* logits;
+    int logit_stride;
+    float scale;
+    unsigned ring, probe;
+    __device__ __forceinline__ Start(const RowLook& look, const StreamMemory& memory, int group, int warp,
+                                     int last_token) {
+      const int first = both_at_once(group) ? head() % 4 : head();
+      most = {-INFINITY, -INFINITY};
+      logits = look.logits, logit_stride = look.logit_stride, scale = look.scale, ring = shared_address(memory.ring);
+      if constexpr (probes) probe = shared_address(memory.probe.rows);
+      if (plain && last_token >= 0) {
+        const SoftmaxPart* const last = memory.parts_of(last_token) + first * softmax_parts + warp;
+        most = {last[0].most, last[softmax_parts].most};
+      }
+      lane = memory.lanes[threadIdx.x % 32];
+      __syncwarp();  // or the compiler puts these reads off
+      if (!plain || last_token < 0) return;
+      most = {first < group ? most.x * ln_2 : INFINITY, first + 1 < group ? most.y * ln_2 : INFINITY};
+    }
+  };
+  __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
+                                    const StreamSource& from, int kept_tiles, int group, int warp, const Start& start)
       : look_(look),
         now_(now),
         memory_(memory),
@@ -44,25 +77,23 @@ class Stream : TileRing {
                                                                                            : 0),
         kept_tiles_(kept_tiles),
         others_(kept_tiles >= 0 ? go_first : stay_as_usual),
-        both_at_once_(probing == Probing::among_queries || group <= stream_heads / 2),
-        scale_(look.scale),
-        logits_(look.logits && head() < group ? look.logits + static_cast<long>(head()) * look.logit_stride + row()
-                                              : nullptr),
-        next_logits_(head() + 1 < group ? look.logit_stride : 0),
-        ring_(shared_address(memory.ring) + static_cast<unsigned>(warp_) * 2 * tile_bytes),
-        landed_(landed_of(memory, warp_)) {
-    const uint4 mine = memory.lanes[lane()];
+        both_at_once_(both_at_once(group)),
+        scale_(start.scale),
+        logits_(start.logits && head() < group ? start.logits + head() * start.logit_stride + row() : nullptr),
+        next_logits_(head() + 1 < group ? start.logit_stride : 0),
+        ring_(start.ring + static_cast<unsigned>(warp_) * 2 * tile_bytes),
+        landed_(landed_of(memory, warp_)),
+        most_{start.most.x, start.most.y} {
+    const uint4& mine = start.lane;
     // The words of four heads' probabilities take the columns of eight, which see the same queries.
     const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
     query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
     row_ = static_cast<int>(mine.w);
-    if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row_of_lane<width>(memory.probe, now);
-    if (!plain || !last_log_sums) return;
-    const int first = both_at_once_ ? head() % 4 : head();
-    const float2 last = *reinterpret_cast<const float2*>(last_log_sums + first);
-    most_[0] = first < group ? last.x : INFINITY, most_[1] = first + 1 < group ? last.y : INFINITY;
+    if constexpr (probes) probe_row_ = probe_row_of_lane<width>(start.probe, now);
+    if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row_;
   }
 
+ public:
   /// Copies this warp's first tile, unless its ring holds it.
   __device__ __forceinline__ void start(const Ring& ring) const {
     if (holds_first(ring, tiles_)) return;
@@ -70,8 +101,25 @@ class Stream : TileRing {
     fetch<true>(warp_), fetch<false>(warp_);
   }
 
-  /// The whole row: this warp's tiles, after start(). store() and TileRing::advance() must follow.
+  /// The whole row: this warp's tiles, after start(). TileRing::advance() must follow.
   __device__ __forceinline__ void run(const Ring& ring) {
+    const bool down = add_tiles(ring);
+    if constexpr (probes) {
+      const int step = down ? -stream_warps : stream_warps, last = first_tile(!down, tiles_, warp_);
+      if (plain && !is_tile(last - 2 * step)) named_wait(weights_known, weights_threads);
+      keep_probe(last - step), keep_probe(last);
+    }
+    store();
+  }
+
+ private:
+  __device__ static unsigned lane() { return threadIdx.x % 32; }
+  __device__ static int row() { return static_cast<int>(lane() / 4); }  // of products: a slot, a channel
+  __device__ static int column() { return static_cast<int>(lane() % 4); }
+  __device__ static int head() { return 2 * column(); }  // of products' columns, this and the next
+
+  /// Returns whether tiles went down.
+  __device__ __forceinline__ bool add_tiles(const Ring& ring) {
     const int way = same_in_warp(!holds_first(ring, tiles_) ? 0 : ring.down ? 2 : 1);
     unsigned turn = same_in_warp(ring.turns);
     const bool down = way == 2;
@@ -105,11 +153,7 @@ class Stream : TileRing {
       fetch<false>(after);
       at = after;
     } while (at < tiles_);
-    if constexpr (probes) {
-      const int step = down ? -stream_warps : stream_warps, last = first_tile(!down, tiles_, warp_);
-      if (plain && !is_tile(last - 2 * step)) named_wait(weights_known, weights_threads);
-      keep_probe(last - step), keep_probe(last);
-    }
+    return down;
   }
 
   /// The warp's part of every head's output, unnormalised; of all channels, there or not.
@@ -140,14 +184,9 @@ class Stream : TileRing {
     if (row() == 0)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (head() + e < group_) memory_.parts[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
+        if (head() + e < group_)
+          memory_.parts_of(now_.query_token)[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
   }
-
- private:
-  __device__ static unsigned lane() { return threadIdx.x % 32; }
-  __device__ static int row() { return static_cast<int>(lane() / 4); }  // of products: a slot, a channel
-  __device__ static int column() { return static_cast<int>(lane() % 4); }
-  __device__ static int head() { return 2 * column(); }  // of products' columns, this and the next
 
   /// Starts copying a tile of keys or values; nothing beyond the last tile.
   template <bool keys>
@@ -194,7 +233,7 @@ class Stream : TileRing {
 #pragma unroll
     for (int b = 0; b < channel_blocks; ++b) {
       if (apart && b % 2 == 0)
-        operand = load_matrices(probe_row_of_lane<width>(memory_.probe, now_) + static_cast<unsigned>(b) * 32);
+        operand = load_matrices(probe_row_ + static_cast<unsigned>(b) * 32);
       if (b + ahead < channel_blocks) read(b + ahead);
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
 #pragma unroll
@@ -391,10 +430,11 @@ class Stream : TileRing {
   const unsigned ring_, landed_;
   unsigned query_, key_at_, value_at_;  // where this lane's rows begin
   int row_;                             // row(), for what is done in every tile
+  unsigned probe_row_;                  // where this lane's row of a probe's operand begins
   float output_[channel_blocks][4] = {};
-  // What exponents are relative to: before a plain row's first tile, the last row's log-sum-exps. Others begin anew: a row that
+  // What exponents are relative to: before a plain row's first tile, what they were before. Others begin anew: a row that
   // comes again, as oracles take it back, gives the same numbers.
-  float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {0, 0};
+  float most_[2], sum_[2] = {0, 0};
 };
 
 }  // namespace kv

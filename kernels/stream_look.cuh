@@ -60,14 +60,16 @@ struct alignas(8) SoftmaxPart {
 struct StreamMemory {
   uint4* ring;  // a tile of keys and one of values of each warp that streams, at a multiple of 1024 bytes
   uint64_t landed[stream_warps * 2];  // barriers of a warp: of its keys, its values
-  // One of each warp that streams, the newest slot's, the sink's.
-  alignas(16) SoftmaxPart parts[stream_heads * softmax_parts];
+  // Of tokens in turn, of every head: one of each warp that streams, the newest slot's, the sink's.
+  alignas(16) SoftmaxPart parts[2][stream_heads * softmax_parts];
   // [2][stream_warps][group][stream_pitch], of tokens in turn: outputs may be made of one's while the next one is streamed.
   float* partial;
-  // [32] where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.
-  uint4* lanes;
+  // Where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.
+  uint4 lanes[32];
   KeyProbe probe;  // where policies ask for one
 
+  __device__ SoftmaxPart* parts_of(int token) { return parts[token & 1]; }
+  __device__ const SoftmaxPart* parts_of(int token) const { return parts[token & 1]; }
   __device__ float* partial_of(int token, int group, int width) const {
     return partial + (token & 1) * stream_warps * group * stream_pitch(width);
   }

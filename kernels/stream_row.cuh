@@ -12,7 +12,6 @@ __device__ __forceinline__ void stream_here(const RowLook& look, const RowNow& n
                                                warp_of_team());
   stream.start(ring);
   stream.run(ring);
-  stream.store();
 }
 
 /// The same as a call, which has to save a register for each that it takes: for rows that are not the many.

@@ -42,21 +42,20 @@ struct TileRing {
     ring.down = !(held && ring.down), ring.running = stays, ring.tiles = tiles;
   }
 
-  /// A row's new content where a ring holds the slot; by the warp that it belongs to. `key` and `value` are
-  /// in shared or device memory.
-  __device__ __forceinline__ static void patch(const StreamMemory& memory, const Ring& ring, int width, int tile,
-                                               int slot, const RowLook& look, const void* key, const void* value) {
+  /// Whether a ring holds a tile, of the warp that it belongs to.
+  __device__ static bool holds(const Ring& ring, int tile) {
+    return ring.running && tile == first_tile(ring.down, ring.tiles, tile % stream_warps);
+  }
+  /// A row's new content where a ring holds the slot; by the warp that it belongs to: a lane has eight channels of the key, or of
+  /// the value, if they are `there`. `rings`: where StreamMemory::ring is.
+  __device__ __forceinline__ static void patch(unsigned rings, const Ring& ring, int width, int tile, int slot,
+                                               const uint4& words, bool there) {
     const int of = tile_of(slot, tile);
-    if (!ring.running || of != first_tile(ring.down, ring.tiles, of % stream_warps)) return;
-    const unsigned bytes = tile_bytes(width, tile), chunk = threadIdx.x % 16;
-    const unsigned base = shared_address(memory.ring) + static_cast<unsigned>(of % stream_warps) * 2 * bytes;
-    const bool keys = threadIdx.x % 32 < 16;
-    if (static_cast<int>(chunk) * 8 < (keys ? look.key_dim : look.value_dim)) {
-      const uint4 words = static_cast<const uint4*>(keys ? key : value)[chunk];
-      store_shared(
-          base + (keys ? 0 : bytes) + swizzled_place(static_cast<unsigned>(slot % tile), chunk, half_bytes(tile)),
-          words);
-    }
+    if (!holds(ring, of)) return;
+    const unsigned bytes = tile_bytes(width, tile), half = threadIdx.x / 16 % 2;  // of values
+    const unsigned at = rings + (static_cast<unsigned>(of % stream_warps) * 2 + half) * bytes;
+    if (there)
+      store_shared(at + swizzled_place(static_cast<unsigned>(slot % tile), threadIdx.x % 16, half_bytes(tile)), words);
     if constexpr (copies_boxes) written_to_shared();
     __syncwarp();
   }

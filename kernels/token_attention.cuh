@@ -19,8 +19,7 @@ struct RowMemory {
   SoftmaxPart whole[stream_heads];                       // what the log-sum-exps of a streamed row are of
   float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
 
-  /// A warp's copy of the log-sum-exps, of groups that fit; and this one's.
-  __device__ const float* log_sums_of(int warp) const { return log_sums + warp * stream_heads; }
+  /// This warp's copy of the log-sum-exps, of groups that fit.
   __device__ float* own_log_sum() { return log_sums + threadIdx.x / 32 * stream_heads; }
   __device__ const float* own_log_sum() const { return log_sums + threadIdx.x / 32 * stream_heads; }
 };
@@ -52,7 +51,6 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
     const int key_bytes = input_buffers * width * 2;
     row.key = reinterpret_cast<std::uint16_t*>(probes ? take_at(place_of_newest, key_bytes) : take(key_bytes));
     row.value = reinterpret_cast<std::uint16_t*>(take(input_buffers * width * 2));
-    row.stream.lanes = reinterpret_cast<uint4*>(take(32 * 16));
     row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
@@ -68,7 +66,8 @@ __device__ inline void clear_parts(RowMemory& row, const float* sink, int group)
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * softmax_parts; i += team_threads) {
     const int g = i / softmax_parts;
     const bool has_sink = sink && g < group && i % softmax_parts == stream_warps + 1;
-    row.stream.parts[i] = has_sink ? SoftmaxPart{sink[g] * log2_e, 1} : SoftmaxPart{-INFINITY, 0};
+    for (auto& parts : row.stream.parts)
+      parts[i] = has_sink ? SoftmaxPart{sink[g] * log2_e, 1} : SoftmaxPart{-INFINITY, 0};
   }
 }
 
@@ -178,29 +177,30 @@ struct TokenAttention {
     __syncwarp();
   }
 
-  /// The newest slot's logits, heads dealt over so many warps, of which this is the `first`-th.
+  /// The newest slot's logits, four heads a warp, by so many warps, of which this is the `first`-th.
   __device__ void newest_slot(const RowLook& look, const RowNow& now, RowMemory& memory, int first, int warps) const {
     const int pitch = query_pitch(stream_width(look.key_dim, look.value_dim)), group = look.group;
+    const int lane = static_cast<int>(threadIdx.x % 8);
 #pragma unroll 1
-    for (int g = first; g < group; g += warps) {
-      float dot = 0;  // two neighbouring channels a lane, and 64 further
-      const auto add = [&](std::uint32_t query, std::uint32_t key) {
-        dot = __fmaf_rn(widen(elements, static_cast<std::uint16_t>(query)),
-                        widen(elements, static_cast<std::uint16_t>(key)), dot);
-        dot = __fmaf_rn(widen(elements, static_cast<std::uint16_t>(query >> 16)),
-                        widen(elements, static_cast<std::uint16_t>(key >> 16)), dot);
-      };
-      const auto word = [](const void* row, int channel) {
-        return *reinterpret_cast<const std::uint32_t*>(static_cast<const std::uint16_t*>(row) + channel);
-      };
-      const int c = 2 * static_cast<int>(threadIdx.x % 32);
-      if (c < look.key_dim) add(word(now.queries, g * pitch + c), word(now.newest_key, c));
-      if (c + 64 < look.key_dim) add(word(now.queries, g * pitch + c + 64), word(now.newest_key, c + 64));
-      dot = detail::warp_sum(dot);
-      if (threadIdx.x % 32 != 0) continue;
+    for (int four = 4 * first; four < group; four += 4 * warps) {
+      const int g = min(four + static_cast<int>(threadIdx.x % 32 / 8), group - 1);
+      float dot = 0;  // eight channels a lane, and 64 further
+#pragma unroll
+      for (int c = 8 * lane; c < 128; c += 64)
+        if (c < look.key_dim) {
+          float query[8], key[8];
+          widen_eight(elements, *reinterpret_cast<const uint4*>(now.queries + g * pitch + c), query);
+          widen_eight(elements, *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(now.newest_key) + c),
+                      key);
+#pragma unroll
+          for (int k = 0; k < 8; ++k) dot = __fmaf_rn(query[k], key[k], dot);
+        }
+#pragma unroll
+      for (int k = 4; k > 0; k /= 2) dot += __shfl_xor_sync(~0u, dot, k);
+      if (lane != 0) continue;
       const float x = bent(look, now, now.slots, dot);
       if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + now.slots] = x;
-      memory.stream.parts[g * softmax_parts + stream_warps] = {
+      memory.stream.parts_of(now.query_token)[g * softmax_parts + stream_warps] = {
           (!simple && look.bias ? x + look.bias[now.slots] : x) * log2_e, 1};
     }
   }
@@ -216,15 +216,16 @@ struct TokenAttention {
     float weight[stream_heads / heads_at_once] = {};
   };
 
-  /// Log-sum-exps from the parts, every warp its own copy: without a branch, and every lane by itself, since every step waits for
-  /// them. The wholes are kept by the warps from `first_keeper` on, pair by pair of heads. All threads; a barrier before.
-  __device__ Weights log_sums(int group, RowMemory& memory, int first_keeper) const {
+  /// Log-sum-exps from the parts of a token's row, every warp its own copy: without a branch, and every lane by itself, since every
+  /// step waits for them. The wholes are kept pair by pair of heads by so many warps, of which this is the `keeper`-th, if any. By
+  /// whole warps; a barrier before.
+  __device__ Weights log_sums(int group, RowMemory& memory, int token, int keeper, int keepers) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     Weights weights;
 #pragma unroll
     for (int i = 0; i < stream_heads / heads_at_once; ++i) {
       if (i * heads_at_once >= group) break;
-      const SoftmaxPart* const of_head = memory.stream.parts + i * 32 + lane / softmax_parts * softmax_parts;
+      const SoftmaxPart* const of_head = memory.stream.parts_of(token) + i * 32 + lane / softmax_parts * softmax_parts;
       const SoftmaxPart mine = of_head[lane % softmax_parts];
       alignas(16) SoftmaxPart part[used_parts];
 #pragma unroll
@@ -241,8 +242,7 @@ struct TokenAttention {
       if (lane % softmax_parts == 0) {
         const int g = i * heads_at_once + lane / softmax_parts;
         memory.own_log_sum()[g] = (base + log2_fast(all)) * ln_2;
-        const int keeper = first_keeper + g / 2 % (team_warps - first_keeper);
-        if (static_cast<int>(threadIdx.x / 32) == keeper) memory.whole[g] = {base, all};
+        if (g / 2 % keepers == keeper) memory.whole[g] = {base, all};
       }
     }
     __syncwarp();
@@ -303,9 +303,10 @@ struct TokenAttention {
   /// Log-sum-exps and outputs from what the warps left. All threads; a barrier before, and one must follow, but for the
   /// warp's own log-sum-exps.
   __device__ void combine(const RowLook& look, const RowNow& now, RowMemory& memory) const {
-    const Weights weights = log_sums(look.group, memory, team_warps - 1);
+    const bool keeps = threadIdx.x / 32 == team_warps - 1;
+    const Weights weights = log_sums(look.group, memory, now.query_token, keeps ? 0 : -1, 1);
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (threadIdx.x / 32 == team_warps - 1 && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
+    if (keeps && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     const int pair = static_cast<int>(threadIdx.x / 32), g = head_of_pair(pair), dv = look.value_dim;
     if (2 * pair >= look.group) return;
     const HalfOutput output = output_of(g, weights, look.group, dv, stream_width(look.key_dim, dv), now.query_token,

@@ -10,9 +10,18 @@ namespace kv {
 /// warps.
 template <int rows>
 __device__ void sum_over_lanes(float (&chunk)[rows], int dim, int lanes) {
-  const int chunks = (dim + 7) / 8, lane = static_cast<int>(threadIdx.x) % lanes;
+  const int lane = static_cast<int>(threadIdx.x) % lanes;
+  int n = min((dim + 7) / 8, lanes);
+  if ((n & (n - 1)) == 0) {  // the lanes beyond have zeros, which change nothing
+#pragma unroll
+    for (int k = 16; k > 0; k /= 2)
+      if (k < lanes)
+#pragma unroll
+        for (float& sum : chunk) sum += __shfl_xor_sync(~0u, sum, k);
+    return;
+  }
 #pragma unroll 1
-  for (int n = min(chunks, lanes); n > 1; n = (n + 1) / 2)
+  for (; n > 1; n = (n + 1) / 2)
 #pragma unroll
     for (float& sum : chunk) {
       const float other = __shfl_down_sync(~0u, sum, static_cast<unsigned>((n + 1) / 2));
