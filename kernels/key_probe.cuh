@@ -98,9 +98,10 @@ __device__ inline float probe_of(const KeyProbe& probe, const float4& products) 
   const auto& x = products;
   return x.x + x.y + (probe.weight[0] * x.w + probe.weight[1] * x.z);
 }
-/// The same of the lane's slot of a tile.
-__device__ inline float probe_of_lane(const KeyProbe& probe, unsigned products) {
-  return probe_of(probe, load_shared(products + threadIdx.x % 32 * 16));
+/// The same of the lane's slot of a tile; lanes that have none get another's.
+template <int tile>
+__device__ float probe_of_lane(const KeyProbe& probe, unsigned products) {
+  return probe_of(probe, load_shared(products + threadIdx.x % tile * 16));
 }
 
 /// The same of the newest key, which no tile has; by one warp, to all its lanes. Waits until weights are known.

@@ -14,24 +14,21 @@ __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int tok
 /// A streamed row's output of one head against full attention's; by half a warp, while the other half has another head. `trace`:
 /// f.trace, from where it is read at the least cost.
 __device__ __forceinline__ void measure_half(Fixed& f, const TraceData& trace, const MeasuredHead& head,
-                                             const TokenAttention::HalfOutput& output, const float* full_output) {
+                                             const TokenAttention::HeadOutput& output, const float* full_output) {
   const int last = min(head.g, trace.group - 1), row = head.m * trace.group + last;
   const SoftmaxPart whole = f.row.whole[last];
   float* const delta = f.unit.delta;
   OutputSums sums;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int c = output.first_channel() + output.half_row * i;
-    if (c >= trace.value_dim) break;
+  output.each([&](int c, const float4& o) {
     float4* const to = reinterpret_cast<float4*>(delta + static_cast<long>(row) * trace.value_dim + c);
-    sums.add_four(output.at[i], *reinterpret_cast<const float4*>(full_output + c), delta ? to : nullptr);
-  }
+    sums.add_four(o, *reinterpret_cast<const float4*>(full_output + c), delta ? to : nullptr);
+  });
   keep_sums<16>(f.unit, trace, f.progress, head, sums,
                 [&] { return static_cast<double>(TokenAttention::log_sum_of(whole)); });
 }
 /// The same as a call.
 __device__ __noinline__ inline void measure_half_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
-                                                       const TokenAttention::HalfOutput& output,
+                                                       const TokenAttention::HeadOutput& output,
                                                        const float* full_output) {
   measure_half(by_kept_address(f), trace, head, output, full_output);
 }

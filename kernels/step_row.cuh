@@ -76,7 +76,7 @@ class StepRow : protected StepLook<P, width> {
   }
   /// After the last step.
   __device__ void end() {
-    if (p_.is_clerk_warp()) await_books();
+    if (p_.is_clerk_warp()) await_gap();
     await_copies<0>();
     __syncthreads();
     measure_row();
@@ -109,7 +109,7 @@ class StepRow : protected StepLook<P, width> {
       if constexpr (plain && !may_part) measure_row<false>();
       if (appends && p_.warp == row_writer) p_.write_rows_of(last, inputs().key(token), inputs().value(token));
       if (p_.is_clerk_warp()) {
-        await_books();
+        await_gap();
         if (appends) p_.append_one(token, inputs().key(token), inputs().value(token));
         if (plain && p_.traits().key_probe) settle_probe(token);
       }
@@ -128,7 +128,7 @@ class StepRow : protected StepLook<P, width> {
     __syncthreads();
     // What lies on the stack over a stream is read anew at every use, unless it is made anew.
     if constexpr (plain) p_.now = same_in_warp(p_.now), p_.size = same_in_warp(p_.size);
-    p_.stale = p_.changed = -1, books_open_ = false;
+    p_.stale = p_.changed = -1, gap_open_ = false;
     TileRing::advance(p_.ring, TileRing::tiles_of_row(p_.size - 1, stream_tile()), stays, p_.warp);
     if (lags()) {
       KeyProbe& probe = p_.row.stream.probe;
@@ -234,9 +234,9 @@ class StepRow : protected StepLook<P, width> {
     return best.slot;
   }
 
-  /// The clerk's warp waits until others have booked who went.
-  __device__ void await_books() const {
-    if (books_open_) named_wait(books_closed, serving_threads);
+  /// The clerk's warp waits until others have closed the gap that a slot left.
+  __device__ void await_gap() const {
+    if (gap_open_) named_wait(gap_closed, serving_threads);
   }
   /// on_evict of a slot whose rows have been kept, while others write over them; by one warp.
   __device__ void evict_hook(int victim) const {
@@ -274,7 +274,9 @@ class StepRow : protected StepLook<P, width> {
   }
 
   /// Whether hooks see what a row gives: else only who measures has to do with its log-sum-exps.
-  __device__ bool sees_row() const { return keeps_logits<P>(p_.traits(), args_.settings); }
+  __device__ bool sees_row() const {
+    return detail::declares_on_attention<P> || p_.traits().observation_window > 0;
+  }
 
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
   /// warps that do not stream. Of plain rows parts are left, which the next row leaves alone. `apart`: where that is seldom done.
@@ -332,11 +334,11 @@ class StepRow : protected StepLook<P, width> {
   __device__ void follow(const StepRow& copy) {
     p_.follow(copy.p_), p_.probe_known = copy.p_.probe_known, bias_ = copy.bias_, weights_ = copy.weights_;
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
-    own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_, books_open_ = copy.books_open_;
+    own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_, gap_open_ = copy.gap_open_;
   }
 
   // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
-  static constexpr int serving = 1, books_closed = 3;
+  static constexpr int serving = 1, gap_closed = 3;
   static constexpr int serving_threads = team_threads - 32 * stream_warps;
 
   const bool prepares_;                      // every step does
@@ -345,7 +347,7 @@ class StepRow : protected StepLook<P, width> {
   int measured_ = -1, measured_token_ = -1;  // the measured query whose outputs still have to be compared, or -1
   bool own_look_ = false;                    // fixed.look is that of a step's own row
   bool bias_moved_ = false;
-  bool books_open_ = false;  // others book who went, which the clerk has to await
+  bool gap_open_ = false;  // others close the gap of a slot that went, which the clerk has to await
 };
 
 }  // namespace kv

@@ -35,8 +35,8 @@ class Steps : StepRow<P, width, tile> {
  private:
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
-  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_books, Row::begin, Row::begin_step, Row::bias_,
-      Row::bias_moved_, Row::books_closed, Row::books_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
+  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step, Row::bias_,
+      Row::bias_moved_, Row::gap_closed, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
       Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
       Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass,
       Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
@@ -57,8 +57,8 @@ class Steps : StepRow<P, width, tile> {
     start_clock();
     if (prepares) {
       if (future_mass()) settle_measure();
-      if (p_.is_clerk_warp()) await_books();
-      books_open_ = false;
+      if (p_.is_clerk_warp()) await_gap();
+      gap_open_ = false;
       Ring ring = p_.ring;
       prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks, width > 0 ? nullptr : &ring);
       if constexpr (width == 0) p_.ring = ring;
@@ -117,24 +117,24 @@ class Steps : StepRow<P, width, tile> {
     if (victim >= 0) --p_.size;
     return victim >= 0;
   }
-  /// What the warps that do not stream do for a slot that goes. The clerk's warp runs the hooks of rows, if there are any, and the
-  /// others keep the books, which are closed by the time that they are looked at again.
+  /// What the warps that do not stream do for a slot that goes. Hooks of rows go first: the clerk has no part in closing the gap,
+  /// and awaits that it is closed when he comes to the next token's books.
   __device__ __forceinline__ void take_out(int victim) {
     constexpr int first = 32 * first_server;
     const int thread = static_cast<int>(threadIdx.x) - first, gap = placeless_ ? -1 : p_.unit.rank[victim];
     if (has_row_hooks && p_.is_clerk_warp()) {
       if constexpr (detail::declares_on_evict<P>) this->evict_hook(victim);
       named_arrive(serving, serving_threads);
-    } else {
-      if (!placeless_) named_wait(serving, serving_threads);
-      if (thread == 0) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
-      if (!placeless_) p_.close_gap(victim, gap, thread, team_threads - first);
+    } else if (!placeless_) {
+      named_wait(serving, serving_threads);
+      p_.close_gap(victim, gap, thread, team_threads - first);
       if constexpr (has_row_hooks)
-        named_arrive(books_closed, serving_threads);
-      else if (!placeless_)
+        named_arrive(gap_closed, serving_threads);
+      else
         named_wait(serving, serving_threads);
     }
-    books_open_ = has_row_hooks;
+    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
+    gap_open_ = has_row_hooks;
   }
   /// What the warps that do not stream do after a step's row, where they may part from the others.
   __device__ __forceinline__ void look_back(int token) {

@@ -32,7 +32,7 @@ class Stream : TileRing {
                                     const StreamSource& from, int kept_tiles, int group, int warp,
                                     bool goes_on = false)
       : Stream(look, now, memory, from, kept_tiles, group, warp,
-               Start(look, memory, group, warp, plain && goes_on ? now.query_token - 1 : -1)) {}
+               Start(look, memory, group, warp, goes_on)) {}
 
  private:
   static __device__ bool both_at_once(int group) {
@@ -47,19 +47,17 @@ class Stream : TileRing {
     float scale;
     unsigned ring, probe;
     __device__ __forceinline__ Start(const RowLook& look, const StreamMemory& memory, int group, int warp,
-                                     int last_token) {
+                                     bool goes_on) {
       const int first = both_at_once(group) ? head() % 4 : head();
       most = {-INFINITY, -INFINITY};
       logits = look.logits, logit_stride = look.logit_stride, scale = look.scale, ring = shared_address(memory.ring);
       if constexpr (probes) probe = shared_address(memory.probe.rows);
-      if (plain && last_token >= 0) {
-        const SoftmaxPart* const last = memory.parts_of(last_token) + first * softmax_parts + warp;
-        most = {last[0].most, last[softmax_parts].most};
-      }
+      if (plain && goes_on)
+        most = *reinterpret_cast<const float2*>(memory.bases + warp * stream_heads + first);
       lane = memory.lanes[threadIdx.x % 32];
       __syncwarp();  // or the compiler puts these reads off
-      if (!plain || last_token < 0) return;
-      most = {first < group ? most.x * ln_2 : INFINITY, first + 1 < group ? most.y * ln_2 : INFINITY};
+      if (!plain || !goes_on) return;
+      most = {first < group ? most.x : INFINITY, first + 1 < group ? most.y : INFINITY};
     }
   };
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
@@ -107,7 +105,7 @@ class Stream : TileRing {
     if constexpr (probes) {
       const int step = down ? -stream_warps : stream_warps, last = first_tile(!down, tiles_, warp_);
       if (plain && !is_tile(last - 2 * step)) named_wait(weights_known, weights_threads);
-      keep_probe(last - step), keep_probe(last);
+      keep_probes(last - step, last);
     }
     store();
   }
@@ -181,11 +179,10 @@ class Stream : TileRing {
 #pragma unroll
       for (int b = 0; b < channel_blocks; ++b) store_block(to, head(), group_, b, output_[b]);
     }
-    if (row() == 0)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (head() + e < group_)
-          memory_.parts_of(now_.query_token)[(head() + e) * softmax_parts + warp_] = {most_[e] * log2_e, sum_[e]};
+    if (row() != 0 || head() >= group_) return;
+    SoftmaxPart* const part = memory_.parts_of(now_.query_token) + head() * softmax_parts + warp_;
+    *reinterpret_cast<float2*>(memory_.bases + warp_ * stream_heads + head()) = {most_[0], most_[1]};
+    part[0] = {most_[0] * log2_e, sum_[0]}, part[softmax_parts] = {most_[1] * log2_e, sum_[1]};  // or of a head that is none
   }
 
   /// Starts copying a tile of keys or values; nothing beyond the last tile.
@@ -264,13 +261,22 @@ class Stream : TileRing {
            static_cast<unsigned>(of_warp * probe_tile_bytes(tile));
   }
   __device__ bool is_tile(int which) const { return static_cast<unsigned>(which) < static_cast<unsigned>(tiles_); }
-  /// What a tile's keys give with the vector as hooks have made it, which is waited for by a row's first one; a lane a slot.
-  /// Nothing beyond the row.
+  /// What the last two tiles' keys give with the vector as hooks have made it; a lane a slot. Nothing beyond the row.
+  __device__ __forceinline__ void keep_probes(int before, int last) const {
+    const int mine = static_cast<int>(lane()), slots[2] = {before * tile + mine, last * tile + mine};
+    const float probes_of[2] = {probe_of_lane<tile>(memory_.probe, products_of(before)),
+                                probe_of_lane<tile>(memory_.probe, products_of(last))};
+    float* const probe = look_.probe;
+    const bool there = mine < tile;
+    if (there && is_tile(before) && slots[0] < now_.slots) probe[slots[0]] = probes_of[0];
+    if (there && slots[1] < now_.slots) probe[slots[1]] = probes_of[1];
+  }
+  /// The same of one that is not among the last two, which a row's first one waits for.
   __device__ __forceinline__ void keep_probe(int which, int first = -1) const {
     if (!is_tile(which)) return;
     if (plain && which == first) named_wait(weights_known, weights_threads);
     const int mine = static_cast<int>(lane()), slot = which * tile + mine;
-    if (mine < tile && slot < now_.slots) look_.probe[slot] = probe_of_lane(memory_.probe, products_of(which));
+    if (mine < tile && slot < now_.slots) look_.probe[slot] = probe_of_lane<tile>(memory_.probe, products_of(which));
   }
 
   /// Turns a tile's dots into logits, keeps them, moves the running maximum and gives probabilities as two words: as right

@@ -62,6 +62,8 @@ struct StreamMemory {
   uint64_t landed[stream_warps * 2];  // barriers of a warp: of its keys, its values
   // Of tokens in turn, of every head: one of each warp that streams, the newest slot's, the sink's.
   alignas(16) SoftmaxPart parts[2][stream_heads * softmax_parts];
+  // What each warp's exponents of a head were relative to in its last row.
+  alignas(8) float bases[stream_warps * stream_heads];
   // [2][stream_warps][group][stream_pitch], of tokens in turn: outputs may be made of one's while the next one is streamed.
   float* partial;
   // Where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.

@@ -63,6 +63,8 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
 __device__ inline void clear_parts(RowMemory& row, const float* sink, int group) {
   for (int i = static_cast<int>(threadIdx.x); i < team_warps * stream_heads; i += team_threads)
     row.log_sums[i] = -INFINITY;
+  for (int i = static_cast<int>(threadIdx.x); i < stream_warps * stream_heads; i += team_threads)
+    row.stream.bases[i] = -INFINITY;
   for (int i = static_cast<int>(threadIdx.x); i < stream_heads * softmax_parts; i += team_threads) {
     const int g = i / softmax_parts;
     const bool has_sink = sink && g < group && i % softmax_parts == stream_warps + 1;
@@ -255,46 +257,49 @@ struct TokenAttention {
     return whole.sum > 0 ? log_sum : -INFINITY;
   }
 
-  /// Half a warp's share of a head's output: four neighbouring channels a lane, and four that are half_row further.
-  struct HalfOutput {
-    float4 at[2];
-    static constexpr int half_row = 64;
-    __device__ static int first_channel() { return 4 * static_cast<int>(threadIdx.x % 16); }
+  /// A head's output as its parts are, from what the warps left of a token's row.
+  struct HeadOutput {
+    Dtype elements;
+    float weight[stream_warps + 1];
+    const float* part;  // of the first warp; the next one's is `step` floats further
+    int step, value_dim;
+    const std::uint16_t* newest_value;
+    /// f(first channel, four neighbouring channels) for half a warp's share of them, eight of every 128 a lane. A loop: code that is
+    /// twice as long is fetched twice as long.
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+#pragma unroll 1
+      for (int c = 4 * static_cast<int>(threadIdx.x % 16); c < value_dim; c += 64) {
+        float4 o{}, of_warp[stream_warps];
+        const auto add = [&](float each, const float4& x) {
+          o.x = __fmaf_rn(x.x, each, o.x), o.y = __fmaf_rn(x.y, each, o.y);
+          o.z = __fmaf_rn(x.z, each, o.z), o.w = __fmaf_rn(x.w, each, o.w);
+        };
+#pragma unroll
+        for (int w = 0; w < stream_warps; ++w) of_warp[w] = *reinterpret_cast<const float4*>(part + w * step + c);
+        const uint2 words = *reinterpret_cast<const uint2*>(newest_value + c);
+#pragma unroll
+        for (int w = 0; w < stream_warps; ++w) add(weight[w], of_warp[w]);
+        add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
+                                   widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
+                                   widen(elements, static_cast<std::uint16_t>(words.y)),
+                                   widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
+        f(c, o);
+      }
+    }
   };
-  /// That of the g-th of `group` heads, g's pair being the same in both halves, from what the warps left of a token's row, whose
-  /// streams are `width` wide; by one warp. Zeros beyond the last channel; beyond the last head that one's.
-  __device__ HalfOutput output_of(int g, const Weights& weights, int group, int value_dim, int width, int token,
+  /// That of the g-th of `group` heads, g's pair being the same in both halves of the warp, of a row whose streams are `width` wide;
+  /// beyond the last head that one's.
+  __device__ HeadOutput output_of(int g, const Weights& weights, int group, int value_dim, int width, int token,
                                   const void* newest_value, const RowMemory& memory) const {
     g = min(g, group - 1);
     const int pitch = stream_pitch(width), first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2 && heads_at_once % 2 == 0);
-    float weight[stream_warps + 1];
+    HeadOutput output{elements,  {}, memory.stream.partial_of(token, group, width) + g * pitch, group * pitch,
+                      value_dim, static_cast<const std::uint16_t*>(newest_value)};
 #pragma unroll
-    for (int p = 0; p <= stream_warps; ++p) weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
-    const float* const partial = memory.stream.partial_of(token, group, width);
-    HalfOutput output{};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = HalfOutput::first_channel() + HalfOutput::half_row * i;
-      if (c >= value_dim) break;
-      float4& o = output.at[i];
-      const auto add = [&](float each, const float4& x) {
-        o.x = __fmaf_rn(x.x, each, o.x), o.y = __fmaf_rn(x.y, each, o.y);
-        o.z = __fmaf_rn(x.z, each, o.z), o.w = __fmaf_rn(x.w, each, o.w);
-      };
-      float4 part[stream_warps];
-#pragma unroll
-      for (int w = 0; w < stream_warps; ++w)
-        part[w] = *reinterpret_cast<const float4*>(partial + (w * group + g) * pitch + c);
-      const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(newest_value) + c);
-#pragma unroll
-      for (int w = 0; w < stream_warps; ++w) add(weight[w], part[w]);
-      add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
-                                 widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
-                                 widen(elements, static_cast<std::uint16_t>(words.y)),
-                                 widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
-    }
+    for (int p = 0; p <= stream_warps; ++p) output.weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
     return output;
   }
   /// The head of a pair that this half of a warp has to do with.
@@ -309,11 +314,11 @@ struct TokenAttention {
     if (keeps && lane < look.group) memory.log_sum[lane] = log_sum_of(memory.whole[lane]);
     const int pair = static_cast<int>(threadIdx.x / 32), g = head_of_pair(pair), dv = look.value_dim;
     if (2 * pair >= look.group) return;
-    const HalfOutput output = output_of(g, weights, look.group, dv, stream_width(look.key_dim, dv), now.query_token,
+    const HeadOutput output = output_of(g, weights, look.group, dv, stream_width(look.key_dim, dv), now.query_token,
                                         now.newest_value, memory);
-    for (int i = 0; i < 2; ++i)
-      if (const int c = HalfOutput::first_channel() + HalfOutput::half_row * i; c < dv && g < look.group)
-        *reinterpret_cast<float4*>(memory.output + g * dv + c) = output.at[i];
+    output.each([&](int c, const float4& o) {
+      if (g < look.group) *reinterpret_cast<float4*>(memory.output + g * dv + c) = o;
+    });
   }
   static_assert(2 * team_warps >= stream_heads);
 
