@@ -83,10 +83,14 @@ __device__ unsigned probe_row_of_lane(unsigned rows, const Now& row) {
   const unsigned part = static_cast<unsigned>(row.query_token & 1) * probe_turn(width) + which * query_pitch(width) * 2;
   return (which == 2 ? newest : rows + (which == 3 ? probe_gone(width) : part)) + lane / 8 * 16;
 }
-/// Puts away a tile's products, [slots][4], of which a lane has a pair of the slots of its row; neighbours of two have the same.
+/// Where a lane's products of a tile lie in [slots][4], in bytes.
+__device__ inline unsigned product_of_lane() {
+  const unsigned lane = threadIdx.x % 32;
+  return lane / 4 * 16 + lane % 2 * 8;
+}
+/// Puts away a tile's products from product_of_lane() on: a lane has a pair of the slots of its row, neighbours of two the same.
 template <int row_blocks>
-__device__ void store_products(unsigned to, const float (&products)[row_blocks][4]) {
-  const unsigned lane = threadIdx.x % 32, at = to + lane / 4 * 16 + lane % 2 * 8;
+__device__ void store_products(unsigned at, const float (&products)[row_blocks][4]) {
 #pragma unroll
   for (unsigned m = 0; m < row_blocks; ++m)
 #pragma unroll

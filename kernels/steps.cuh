@@ -100,7 +100,7 @@ class Steps : StepRow<P, width, tile> {
   __device__ bool parts() const {
     const Traits traits = p_.traits();
     return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
-           !traits.window_once && p_.trace.group <= loop_heads && !args_.timed;
+           !traits.window_once && args_.trace.group <= loop_heads && !args_.timed;
   }
   /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
   /// fetch inputs and keep the books. Returns whether a slot went.

@@ -87,7 +87,7 @@ class Stream : TileRing {
     const unsigned other_half = both_at_once_ && lane() % 8 >= 4 ? 4 * query_pitch(width) * 2 : 0;
     query_ = shared_address(now.queries) + mine.x - other_half, key_at_ = ring_ + mine.y, value_at_ = ring_ + mine.z;
     row_ = static_cast<int>(mine.w);
-    if constexpr (probes) probe_row_ = probe_row_of_lane<width>(start.probe, now);
+    if constexpr (probes) probe_row_ = probe_row_of_lane<width>(start.probe, now), product_ = product_of_lane();
     if (probing == Probing::among_queries && lane() % 8 >= 4) query_ = probe_row_;
   }
 
@@ -251,7 +251,7 @@ class Stream : TileRing {
           const float mine = dots[m][e], theirs = __shfl_xor_sync(~0u, mine, 2);
           dots[m][e] = column() < 2 ? mine : theirs, probe[m][e] = column() < 2 ? theirs : mine;
         }
-    if constexpr (probes) store_products(products_of(which), probe);
+    if constexpr (probes) store_products(products_of(which) + product_, probe);
   }
 
   /// Where a tile's products with the probe's operand lie: behind the rings, of a warp's last two tiles.
@@ -436,7 +436,7 @@ class Stream : TileRing {
   const unsigned ring_, landed_;
   unsigned query_, key_at_, value_at_;  // where this lane's rows begin
   int row_;                             // row(), for what is done in every tile
-  unsigned probe_row_;                  // where this lane's row of a probe's operand begins
+  unsigned probe_row_, product_;        // where this lane's row of a probe's operand begins, and product_of_lane()
   float output_[channel_blocks][4] = {};
   // What exponents are relative to: before a plain row's first tile, what they were before. Others begin anew: a row that
   // comes again, as oracles take it back, gives the same numbers.
