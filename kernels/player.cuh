@@ -108,10 +108,10 @@ struct Player : Play {
     if constexpr (detail::declares_on_append<P>)
       row_hook<true>(fixed, policy, size, now, phase, block, slot, key, value);
   }
-  /// on_append of one slot, or on_evict, by one warp. `key` and `value` are its rows, or null where memory has them. Not inlined,
-  /// and of few words, so that the caller's stay in registers.
+  /// on_append of one slot, or on_evict, by one warp. `key` and `value` are its rows, or null where memory has them. Inlined: a
+  /// function's instructions lie far away, and every step would fetch them anew.
   template <bool appends>
-  static __device__ __noinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
+  static __device__ __forceinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
                                                int slot, const void* key = nullptr, const void* value = nullptr) {
     Player player(fixed, policy);
     player.size = size, player.now = now, player.phase = phase, player.block = block;

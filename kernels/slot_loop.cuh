@@ -80,17 +80,18 @@ struct SlotLoop {
   __device__ static int first_slot() { return static_cast<int>(threadIdx.x ^ (32 * stream_warps)); }
   static_assert(2 * stream_warps == team_warps);
 
-  /// f(slot, its token) for a thread's own slots.
+  /// f(slot, its token) for a thread's own slots: two a turn, since a cache as large as a team has one slot more in steps.
   template <class F>
   __device__ __forceinline__ void each(int size, F f) const {
     const int first = first_slot();
     if (first >= size) return;
     int next = token[first];  // read ahead of its turn, since it may lie in device memory
 #pragma unroll 1
-    for (int s = first; s < size; s += team_threads) {
-      const int slot_token = next;
-      if (s + team_threads < size) next = token[s + team_threads];
+    for (int s = first; s < size; s += 2 * team_threads) {
+      const int slot_token = next, other = s + team_threads, other_token = other < size ? token[other] : 0;
+      if (other + team_threads < size) next = token[other + team_threads];
       f(s, slot_token);
+      if (other < size) f(other, other_token);
     }
   }
 
