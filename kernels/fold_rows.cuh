@@ -90,6 +90,11 @@ struct SlotRows {
   }
 };
 
+/// A target's rows after a fold, in shared memory.
+struct FoldedRows {
+  void *key = nullptr, *value = nullptr;
+};
+
 /// A victim under way to its target: its rows and their weights.
 template <int step>
 struct VictimRows {
@@ -105,10 +110,11 @@ struct RowsMoved {
 
 /// `step` channels from c on of a target's key and value, adjusted sums given:
 /// row = (own * row + sum of weight * victim) / divisor. `own` and the first victim have been read; the others are read here.
-/// `bfloat16`: rows are known to be of it, stored and rounded.
+/// `bfloat16`: rows are known to be of it, stored and rounded. `also`: where the rows are left besides, moved or not, or nulls.
 template <int step, bool bfloat16, class Player, class Head, class Plan>
 __device__ void write_channels(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
-                               int c, const SlotRows<step>& own, VictimRows<step> next, RowsMoved& moved) {
+                               int c, const SlotRows<step>& own, VictimRows<step> next, RowsMoved& moved,
+                               const FoldedRows& also = {}) {
   const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements(), dtype = player.dtype();
   const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
@@ -165,15 +171,18 @@ __device__ void write_channels(Player& player, Head& head, int target, int n, co
     }
     store(unit.keys, static_cast<long>(target) * trace.key_dim + c, key);
   }
-  if (!in_value || !moved.value) return;
-  if (!isfinite(sum.value_divisor) || sum.value_divisor == 0) {
-    player.fail(UnitError::bad_divisor, target);
-  } else {
+  if (in_value && moved.value) {
+    if (!isfinite(sum.value_divisor) || sum.value_divisor == 0) {
+      player.fail(UnitError::bad_divisor, target);
+    } else {
 #pragma unroll
-    for (int k = 0; k < step; ++k) value[k] = sum.own_value * value[k] + values[k];
-    Quotients(sum.value_divisor).divide(value);
+      for (int k = 0; k < step; ++k) value[k] = sum.own_value * value[k] + values[k];
+      Quotients(sum.value_divisor).divide(value);
+    }
+    store(unit.values, static_cast<long>(target) * trace.value_dim + c, value);
   }
-  store(unit.values, static_cast<long>(target) * trace.value_dim + c, value);
+  if (also.key && in_key) store_channels(also.key, elements, c, key);
+  if (also.value && in_value) store_channels(also.value, elements, c, value);
 }
 
 /// What a target's rows leave in the books; by one thread.

@@ -14,8 +14,8 @@ class StepRow : protected StepLook<P, width> {
   using Base::plain;
   using Base::size;
   /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
-  /// comes or goes.
-  static constexpr bool may_part = plain && !biased && !detail::declares_on_merge<P> &&
+  /// comes or goes, or joins another.
+  static constexpr bool may_part = plain && !biased && (!detail::declares_on_merge<P> || leaves_in_fold<P>) &&
                                    !detail::declares_on_compress<P> && !detail::declares_on_selected<P> &&
                                    !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
@@ -194,18 +194,24 @@ class StepRow : protected StepLook<P, width> {
       kv::settle_probe<__nv_bfloat16, width>(p_.row.stream.probe, p_.unit.vector, args_.trace.key_dim, token,
                                              inputs().key(token));
   }
-  /// Play::take_place where rows are plain and the newest one is that of a token; a lane reads its part of it once.
-  __device__ __forceinline__ void take_place(int victim, int token) {
+  /// Play::take_place where rows are plain and the newest one is that of a token, or what a fold has made of it; a lane reads its
+  /// part of it once.
+  __device__ __forceinline__ void take_place(int victim, int token, bool is_folded) {
     if (victim != p_.size - 1 && p_.streams_slot(victim, tile)) {
       const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
       const bool keys = lane < 16;
       const int dim = keys ? args_.trace.key_dim : args_.trace.value_dim;
       const bool there = chunk * 8 < dim;
-      const uint4* const newest = reinterpret_cast<const uint4*>(keys ? p_.row.key : p_.row.value);
+      const auto part_of = [&](const void* key, const void* value) {
+        return static_cast<const uint4*>(keys ? key : value) + (there ? chunk : 0);
+      };
+      const uint4* const newest =
+          is_folded ? part_of(folded().key, folded().value)
+                    : part_of(p_.row.key, p_.row.value) + token % input_buffers * (width / 8);
       uint4* const rows = reinterpret_cast<uint4*>(keys ? p_.unit.keys : p_.unit.values);
       const unsigned rings = shared_address(p_.row.stream.ring);
       __syncwarp();  // or the compiler puts these reads off
-      const uint4 words = newest[token % input_buffers * (width / 8) + chunk];
+      const uint4 words = *newest;
       TileRing::patch(rings, p_.ring, width, tile, victim, words, there);
       if (there) rows[victim * (dim / 8) + chunk] = words;
       __syncwarp();
@@ -232,6 +238,45 @@ class StepRow : protected StepLook<P, width> {
       static_cast<uint4*>(keys ? probe.gone_key(width) : probe.gone_value(width))[chunk] = words;
     __syncthreads();
     return best.slot;
+  }
+
+  /// Where a step's fold leaves its target's rows: in the place of outputs, which plain rows leave alone.
+  __device__ detail::FoldedRows folded() const {
+    char* const rows = reinterpret_cast<char*>(p_.row.output);
+    return {rows, rows + args_.trace.key_dim * 2};
+  }
+  __device__ bool has_room_for_folded() const {
+    return args_.trace.key_dim + args_.trace.value_dim <= 2 * args_.trace.group * args_.trace.value_dim;
+  }
+  /// As BlockTeam::least, and the slot has joined its target, if there is one: Fixed::plan and folded() say how. -1 also where a
+  /// victim is spread over several targets: then nothing is done.
+  template <class Head>
+  __device__ __forceinline__ int least_with_fold(Head& head, unsigned long long key, int slot) {
+    const int victim = p_.team.least(key, slot, p_.now & 1).slot;
+    if (victim < 0) return -1;
+    if (p_.warp == row_writer) {
+      const int c = 8 * static_cast<int>(threadIdx.x % 32);
+      const auto rows_of = [&](int s) {
+        return detail::SlotRows<8>::of(p_.unit, args_.trace, Dtype::bfloat16, s, c);
+      };
+      const auto gone = rows_of(victim);
+      __syncwarp();  // or the compiler puts these reads off
+      Fold plan = p_.policy.on_merge(head, victim);
+      if (plan.spread == 1 && !detail::plan_can_be(p_, plan, victim)) plan.target = -1;
+      if (threadIdx.x % 32 == 0) p_.fixed.plan = plan;
+      if (const int target = plan.target; target >= 0 && plan.spread == 1) {
+        const auto own = rows_of(target);
+        const auto only = [&](int, int& v) -> const Fold& { return v = victim, plan; };
+        const FoldTarget sum = detail::sum_of<false, false>(p_, target, 1, only);
+        detail::RowsMoved moved;
+        detail::write_channels<8, true>(p_, head, target, 1, sum, only, c, own, {victim, gone, plan.key, plan.value},
+                                        moved, folded());
+        if (threadIdx.x % 32 == 0) detail::book_rows(p_, target, sum, moved);
+        if constexpr (copies_boxes) written_to_device();
+      }
+    }
+    __syncthreads();
+    return p_.fixed.plan.spread == 1 ? victim : -1;
   }
 
   /// The clerk's warp waits until others have closed the gap that a slot left.

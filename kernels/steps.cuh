@@ -36,7 +36,7 @@ class Steps : StepRow<P, width, tile> {
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
   using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step, Row::bias_,
-      Row::bias_moved_, Row::gap_closed, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_row_hooks,
+      Row::bias_moved_, Row::gap_closed, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_room_for_folded, Row::has_row_hooks,
       Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
       Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass,
       Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
@@ -100,26 +100,31 @@ class Steps : StepRow<P, width, tile> {
   __device__ bool parts() const {
     const Traits traits = p_.traits();
     return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
-           !traits.window_once && args_.trace.group <= loop_heads && !args_.timed;
+           !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
+           !(merges() && (traits.nearest != Nearest::none || !has_room_for_folded()));
   }
   /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
   /// fetch inputs and keep the books. Returns whether a slot went.
   __device__ __forceinline__ bool decide(int token, bool observes) {
     const int victim = rank_slots<true>(token, observes);
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
+    const int target = victim >= 0 && merges() ? p_.fixed.plan.target : -1;
     if (streams_now()) {
-      if (victim >= 0) this->take_place(victim, token);
+      const bool folds_newest = target >= 0 && target == p_.size - 1;
+      if (target >= 0 && !folds_newest && p_.streams_slot(target, stream_tile()))
+        p_.patch(target, this->folded().key, this->folded().value, stream_tile());
+      if (victim >= 0) this->take_place(victim, token, folds_newest);
       return victim >= 0;
     }
     if constexpr (!has_row_hooks) look_back(token);
-    if (victim >= 0) take_out(victim);
+    if (victim >= 0) take_out(victim, target);
     if constexpr (has_row_hooks) look_back(token);
     if (victim >= 0) --p_.size;
     return victim >= 0;
   }
   /// What the warps that do not stream do for a slot that goes. Hooks of rows go first: the clerk has no part in closing the gap,
   /// and awaits that it is closed when he comes to the next token's books.
-  __device__ __forceinline__ void take_out(int victim) {
+  __device__ __forceinline__ void take_out(int victim, int target) {
     constexpr int first = 32 * first_server;
     const int thread = static_cast<int>(threadIdx.x) - first, gap = placeless_ ? -1 : p_.unit.rank[victim];
     if (has_row_hooks && p_.is_clerk_warp()) {
@@ -133,7 +138,13 @@ class Steps : StepRow<P, width, tile> {
       else
         named_wait(serving, serving_threads);
     }
-    if (p_.is_clerk()) ++p_.progress.evictions, ++p_.progress.compressions, p_.book_removal(victim, false);
+    if (p_.is_clerk()) {
+      if (target >= 0)
+        book_fold(p_, p_.fixed.plan, victim);
+      else
+        ++p_.progress.evictions;
+      ++p_.progress.compressions, p_.book_removal(victim, target >= 0);
+    }
     gap_open_ = has_row_hooks;
   }
   /// What the warps that do not stream do after a step's row, where they may part from the others.
@@ -346,6 +357,8 @@ class Steps : StepRow<P, width, tile> {
       each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s], true); });
     }
     if constexpr (parted && detail::declares_on_evict<P>) return this->least_with_rows(mine, slot);
+    if constexpr (parted && detail::declares_on_merge<P>)
+      if (merges()) return this->least_with_fold(head, mine, slot);
     return p_.team.least(mine, slot, p_.now & 1).slot;
   }
 
