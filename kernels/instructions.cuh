@@ -205,6 +205,26 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+/// Arrives at such a barrier and waits until its phase ends.
+__device__ inline void barrier_arrive_and_wait(uint32_t barrier) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define KV_WAIT "mbarrier.try_wait.shared.b64"
+#else
+#define KV_WAIT "mbarrier.test_wait.shared.b64"
+#endif
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      ".reg .b64 phase;\n"
+      "mbarrier.arrive.shared.b64 phase, [%0];\n"
+      "again: " KV_WAIT
+      " done, [%0], phase;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier)
+      : "memory");
+#undef KV_WAIT
+}
+
 /// Named barriers. `threads` counts those who wait and those who only arrive.
 __device__ inline void named_wait(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -6,7 +6,7 @@
 // own; how much of each the hooks have added is known before a warp has done with more than two tiles. Whatever else a hook may
 // have done to the vector is found out: then the keys are read again.
 #pragma once
-#include "kernels/row_memory.hpp"
+#include "kernels/gates.cuh"
 #include "kernels/tensor_words.cuh"
 #include "kernels/warp_rows.cuh"
 
@@ -28,11 +28,6 @@ struct KeyProbe {
   __device__ void* gone_value(int width) const { return rows + probe_value(width); }
   __device__ float2* vector(int width) const { return reinterpret_cast<float2*>(rows + probe_vector(width)); }
 };
-
-/// Named barriers: the weights of a plain row are known. At one the warps that stream wait, at the other the warp that has to do with
-/// the newest key, which may come there late; the clerk's warp arrives.
-constexpr int weights_known = 2, weights_threads = 32 * (stream_warps + 1);
-constexpr int newest_weights_known = 4, newest_weights_threads = 2 * 32;
 
 /// A warp as a row team that remembers how much of one key it has added to the policy's vector.
 struct ProbeRows : WarpRows {
@@ -110,7 +105,7 @@ __device__ float probe_of_lane(const KeyProbe& probe, unsigned products) {
 
 /// The same of the newest key, which no tile has; by one warp, to all its lanes. Waits until weights are known.
 template <class Element, int width, class Now>
-__device__ float probe_of_newest(const KeyProbe& probe, const Now& row) {
+__device__ float probe_of_newest(const KeyProbe& probe, const Now& row, Gates& gates) {
   const auto* const parts = static_cast<const std::uint16_t*>(probe.parts_of(row.query_token, width));
   const void* const rows[] = {parts, parts + query_pitch(width), row.newest_key, probe.gone_key(width)};
   float sum[4] = {};
@@ -128,7 +123,7 @@ __device__ float probe_of_newest(const KeyProbe& probe, const Now& row) {
   for (int k = 16; k > 0; k /= 2)
 #pragma unroll
     for (float& each : sum) each += __shfl_xor_sync(~0u, each, k);
-  named_wait(newest_weights_known, newest_weights_threads);
+  gates.pass(Gate::newest_weights_known);
   return probe_of(probe, {sum[0], sum[1], sum[2], sum[3]});
 }
 

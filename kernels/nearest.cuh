@@ -114,7 +114,7 @@ __device__ __forceinline__ void find_nearest_to(Player& player, Head& head, int 
       if (slot != victim && unit.stays[slot]) compare(slot, own_norm, dot, true);
     });
   }
-  const TeamMemory::Least least = player.team.least(nearest, at, 2);
+  const TeamMemory::Least least = player.team.least(nearest, at, (player.now + 1) & 1);
   if (!player.is_clerk()) return;
   const float best = least.slot >= 0 ? Cut::value_of(~static_cast<unsigned>(least.key >> 32)) : 0.f;
   if (least.slot >= 0) unit.target[victim] = least.slot;

@@ -250,7 +250,8 @@ struct Play {
   __device__ __forceinline__ void patch(int slot, const void* key, const void* value, int tile) const {
     if (!fixed.streamed) return;
     const unsigned chunk = threadIdx.x % 16;
-    const bool keys = threadIdx.x % 32 < 16, there = static_cast<int>(chunk) * 8 < (keys ? trace.key_dim : trace.value_dim);
+    const bool keys = threadIdx.x % 32 < 16,
+               there = static_cast<int>(chunk) * 8 < (keys ? trace.key_dim : trace.value_dim);
     const uint4 words = there ? static_cast<const uint4*>(keys ? key : value)[chunk] : uint4{};
     TileRing::patch(shared_address(row.stream.ring), ring, stream_width(trace.key_dim, trace.value_dim), tile, slot,
                     words, there);

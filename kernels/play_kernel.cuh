@@ -46,7 +46,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
       fixed.keeps_logits = !streamed || keeps_logits<P>(points[unit->point].traits(), launch.settings);
       fixed.streamed = streamed, fixed.tile = tile_slots(width, launch.ring_bytes);
     }
-    if (streamed) begin_landings(fixed.row.stream);
+    if (streamed) begin_barriers(fixed.row.stream);
     __syncthreads();
     if (streamed && threadIdx.x < 32) TileRing::fill_lanes(fixed.row.stream, width, fixed.tile);
     if (streamed)
@@ -60,7 +60,7 @@ __device__ void play_units(const Launch& launch, const P* points, Play play) {
     if (threadIdx.x == 0) fixed.progress.size = size;
     __syncthreads();
     copy_words(launch.progress + u, &fixed.progress);
-    if (streamed) end_landings(fixed.row.stream);
+    if (streamed) end_barriers(fixed.row.stream);
     __syncthreads();
   }
 }

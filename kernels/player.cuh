@@ -111,8 +111,9 @@ struct Player : Play {
   /// on_append of one slot, or on_evict, by one warp. `key` and `value` are its rows, or null where memory has them. Inlined: a
   /// function's instructions lie far away, and every step would fetch them anew.
   template <bool appends>
-  static __device__ __forceinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase, int block,
-                                               int slot, const void* key = nullptr, const void* value = nullptr) {
+  static __device__ __forceinline__ void row_hook(Fixed& fixed, const P& policy, int size, int now, Phase phase,
+                                                  int block, int slot, const void* key = nullptr,
+                                                  const void* value = nullptr) {
     Player player(fixed, policy);
     player.size = size, player.now = now, player.phase = phase, player.block = block;
     Head h = player.head();

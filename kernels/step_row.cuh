@@ -15,15 +15,17 @@ class StepRow : protected StepLook<P, width> {
   using Base::size;
   /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
   /// comes or goes, or joins another.
-  static constexpr bool may_part = plain && !biased && (!detail::declares_on_merge<P> || leaves_in_fold<P>) &&
-                                   !detail::declares_on_compress<P> && !detail::declares_on_selected<P> &&
-                                   !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
+  static constexpr bool may_part =
+      plain && !biased && (!detail::declares_on_merge<P> || leaves_in_fold<P>)&&!detail::declares_on_compress<P> &&
+      !detail::declares_on_selected<P> && !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
   static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
   static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
   /// Warps that measure, and which of them a warp is: the clerk's has most to do besides, and is the last, if it is one.
   static constexpr int measurers = team_warps - first_server;
-  __device__ int measurer() const { return p_.is_clerk_warp() ? team_warps - stream_warps - 1 : p_.warp - stream_warps - 1; }
+  __device__ int measurer() const {
+    return p_.is_clerk_warp() ? team_warps - stream_warps - 1 : p_.warp - stream_warps - 1;
+  }
   /// The warp that has to do with the newest token's key and value: its logits, and where they are written to memory.
   static constexpr int row_writer = team_warps - 1;
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
@@ -116,7 +118,7 @@ class StepRow : protected StepLook<P, width> {
       attention().newest_slot(p_.fixed.look, now, p_.row, team_warps - 1 - p_.warp, team_warps - stream_warps);
       if constexpr (may_part) {
         if (p_.warp == row_writer && p_.traits().key_probe && p_.probe_known) {
-          const float probe = probe_of_newest<__nv_bfloat16, width>(p_.row.stream.probe, now);
+          const float probe = probe_of_newest<__nv_bfloat16, width>(p_.row.stream.probe, now, p_.row.stream.gates);
           if (threadIdx.x % 32 == 0) p_.unit.probe[last] = probe;
         }
         await_copies<0>();  // the next step's inputs
@@ -153,8 +155,8 @@ class StepRow : protected StepLook<P, width> {
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
-        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(
-            look, now, memory, from, kept_tiles, args_.trace.group, p_.warp, true);
+        Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles,
+                                                                               args_.trace.group, p_.warp, true);
         stream.run(p_.ring);
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -187,8 +189,7 @@ class StepRow : protected StepLook<P, width> {
   /// The policy's vector as hooks have made it, for the row under way and the next one; by the clerk's warp.
   __device__ void settle_probe(int token) const {
     if (p_.probe_known) {
-      named_arrive(weights_known, weights_threads);
-      named_arrive(newest_weights_known, newest_weights_threads);
+      p_.row.stream.gates.arrive(Gate::weights_known), p_.row.stream.gates.arrive(Gate::newest_weights_known);
     }
     if constexpr (may_part)
       kv::settle_probe<__nv_bfloat16, width>(p_.row.stream.probe, p_.unit.vector, args_.trace.key_dim, token,
@@ -205,9 +206,8 @@ class StepRow : protected StepLook<P, width> {
       const auto part_of = [&](const void* key, const void* value) {
         return static_cast<const uint4*>(keys ? key : value) + (there ? chunk : 0);
       };
-      const uint4* const newest =
-          is_folded ? part_of(folded().key, folded().value)
-                    : part_of(p_.row.key, p_.row.value) + token % input_buffers * (width / 8);
+      const uint4* const newest = is_folded ? part_of(folded().key, folded().value)
+                                            : part_of(p_.row.key, p_.row.value) + token % input_buffers * (width / 8);
       uint4* const rows = reinterpret_cast<uint4*>(keys ? p_.unit.keys : p_.unit.values);
       const unsigned rings = shared_address(p_.row.stream.ring);
       __syncwarp();  // or the compiler puts these reads off
@@ -256,9 +256,7 @@ class StepRow : protected StepLook<P, width> {
     if (victim < 0) return -1;
     if (p_.warp == row_writer) {
       const int c = 8 * static_cast<int>(threadIdx.x % 32);
-      const auto rows_of = [&](int s) {
-        return detail::SlotRows<8>::of(p_.unit, args_.trace, Dtype::bfloat16, s, c);
-      };
+      const auto rows_of = [&](int s) { return detail::SlotRows<8>::of(p_.unit, args_.trace, Dtype::bfloat16, s, c); };
       const auto gone = rows_of(victim);
       __syncwarp();  // or the compiler puts these reads off
       Fold plan = p_.policy.on_merge(head, victim);
@@ -281,7 +279,7 @@ class StepRow : protected StepLook<P, width> {
 
   /// The clerk's warp waits until others have closed the gap that a slot left.
   __device__ void await_gap() const {
-    if (gap_open_) named_wait(gap_closed, serving_threads);
+    if (gap_open_) p_.row.stream.gates.pass(Gate::gap_closed);
   }
   /// on_evict of a slot whose rows have been kept, while others write over them; by one warp.
   __device__ void evict_hook(int victim) const {
@@ -319,9 +317,7 @@ class StepRow : protected StepLook<P, width> {
   }
 
   /// Whether hooks see what a row gives: else only who measures has to do with its log-sum-exps.
-  __device__ bool sees_row() const {
-    return detail::declares_on_attention<P> || p_.traits().observation_window > 0;
-  }
+  __device__ bool sees_row() const { return detail::declares_on_attention<P> || p_.traits().observation_window > 0; }
 
   /// Compares the outputs of the last row that was measured, which is a step back or the present one: heads are dealt over the
   /// warps that do not stream. Of plain rows parts are left, which the next row leaves alone. `apart`: where that is seldom done.
@@ -381,10 +377,6 @@ class StepRow : protected StepLook<P, width> {
     row_of_ = copy.row_of_, measured_ = copy.measured_, measured_token_ = copy.measured_token_;
     own_look_ = copy.own_look_, bias_moved_ = copy.bias_moved_, gap_open_ = copy.gap_open_;
   }
-
-  // A named barrier, by a constant: racecheck loses count of those whose number is in a register.
-  static constexpr int serving = 1, gap_closed = 3;
-  static constexpr int serving_threads = team_threads - 32 * stream_warps;
 
   const bool prepares_;                      // every step does
   TokenAttention::Weights weights_;          // of the last row, where it is plain

@@ -35,11 +35,11 @@ class Steps : StepRow<P, width, tile> {
  private:
   using Row = StepRow<P, width, tile>;
   using Played = Player<P, (width > 0)>;
-  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step, Row::bias_,
-      Row::bias_moved_, Row::gap_closed, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass, Row::has_room_for_folded, Row::has_row_hooks,
-      Row::inputs, Row::lags, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
-      Row::measure_row, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_, Row::pass,
-      Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::serving, Row::serving_threads,
+  using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step,
+      Row::bias_, Row::bias_moved_, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass,
+      Row::has_room_for_folded, Row::has_row_hooks, Row::inputs, Row::lags, Row::links, Row::look_around,
+      Row::looks_for_probe, Row::mass, Row::may_part, Row::measure_row, Row::measured_, Row::measured_token_,
+      Row::own_look_, Row::p_, Row::pass, Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve,
       Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved,
       Row::vector_moves, Row::watches;
 
@@ -129,14 +129,14 @@ class Steps : StepRow<P, width, tile> {
     const int thread = static_cast<int>(threadIdx.x) - first, gap = placeless_ ? -1 : p_.unit.rank[victim];
     if (has_row_hooks && p_.is_clerk_warp()) {
       if constexpr (detail::declares_on_evict<P>) this->evict_hook(victim);
-      named_arrive(serving, serving_threads);
+      p_.row.stream.gates.arrive(Gate::serving);
     } else if (!placeless_) {
-      named_wait(serving, serving_threads);
+      p_.row.stream.gates.pass(Gate::serving);
       p_.close_gap(victim, gap, thread, team_threads - first);
       if constexpr (has_row_hooks)
-        named_arrive(gap_closed, serving_threads);
+        p_.row.stream.gates.arrive(Gate::gap_closed);
       else
-        named_wait(serving, serving_threads);
+        p_.row.stream.gates.pass(Gate::serving);
     }
     if (p_.is_clerk()) {
       if (target >= 0)
@@ -312,7 +312,7 @@ class Steps : StepRow<P, width, tile> {
     const int buffer = meetings_ & 1;
     unsigned long long mine = ~0ull;
     int slot = -1;
-    int not_a_number = -1;  // a slot whose score is none
+    int not_a_number = -1;                                                    // a slot whose score is none
     const auto rank = [&](int s, float score, int slot_token, bool may_go) {  // without branches, as safety_of()
       const unsigned long long key =
           static_cast<unsigned long long>(Cut::key_of(score)) << 31 | static_cast<unsigned>(0x7fffffff - slot_token);
@@ -351,7 +351,8 @@ class Steps : StepRow<P, width, tile> {
       slots.observe(policy, p_.size, look_at_slot);
     else
       slots.each(p_.size, look_at_slot);
-    if (not_a_number >= 0) [[unlikely]] report_nan(p_.fixed, not_a_number, slots.token[not_a_number]);
+    if (not_a_number >= 0) [[unlikely]]
+      report_nan(p_.fixed, not_a_number, slots.token[not_a_number]);
     if (meets) {  // heads that keep the same tokens keep them in the same slots
       meet();
       each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s], true); });

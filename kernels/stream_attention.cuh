@@ -29,10 +29,8 @@ class Stream : TileRing {
   /// `kept_tiles`: look.kept_tiles, from where the compiler knows that all threads have the same; `from`, `group` and the thread's
   /// `warp` as well. `goes_on`: with the exponents' bases of the token before, where rows are plain.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                    const StreamSource& from, int kept_tiles, int group, int warp,
-                                    bool goes_on = false)
-      : Stream(look, now, memory, from, kept_tiles, group, warp,
-               Start(look, memory, group, warp, goes_on)) {}
+                                    const StreamSource& from, int kept_tiles, int group, int warp, bool goes_on = false)
+      : Stream(look, now, memory, from, kept_tiles, group, warp, Start(look, memory, group, warp, goes_on)) {}
 
  private:
   static __device__ bool both_at_once(int group) {
@@ -52,8 +50,7 @@ class Stream : TileRing {
       most = {-INFINITY, -INFINITY};
       logits = look.logits, logit_stride = look.logit_stride, scale = look.scale, ring = shared_address(memory.ring);
       if constexpr (probes) probe = shared_address(memory.probe.rows);
-      if (plain && goes_on)
-        most = *reinterpret_cast<const float2*>(memory.bases + warp * stream_heads + first);
+      if (plain && goes_on) most = *reinterpret_cast<const float2*>(memory.bases + warp * stream_heads + first);
       lane = memory.lanes[threadIdx.x % 32];
       __syncwarp();  // or the compiler puts these reads off
       if (!plain || !goes_on) return;
@@ -104,7 +101,7 @@ class Stream : TileRing {
     const bool down = add_tiles(ring);
     if constexpr (probes) {
       const int step = down ? -stream_warps : stream_warps, last = first_tile(!down, tiles_, warp_);
-      if (plain && !is_tile(last - 2 * step)) named_wait(weights_known, weights_threads);
+      if (plain && !is_tile(last - 2 * step)) memory_.gates.pass(Gate::weights_known);
       keep_probes(last - step, last);
     }
     store();
@@ -182,7 +179,8 @@ class Stream : TileRing {
     if (row() != 0 || head() >= group_) return;
     SoftmaxPart* const part = memory_.parts_of(now_.query_token) + head() * softmax_parts + warp_;
     *reinterpret_cast<float2*>(memory_.bases + warp_ * stream_heads + head()) = {most_[0], most_[1]};
-    part[0] = {most_[0] * log2_e, sum_[0]}, part[softmax_parts] = {most_[1] * log2_e, sum_[1]};  // or of a head that is none
+    part[0] = {most_[0] * log2_e, sum_[0]},
+    part[softmax_parts] = {most_[1] * log2_e, sum_[1]};  // or of a head that is none
   }
 
   /// Starts copying a tile of keys or values; nothing beyond the last tile.
@@ -229,8 +227,7 @@ class Stream : TileRing {
     for (int b = 0; b < ahead; ++b) read(b);
 #pragma unroll
     for (int b = 0; b < channel_blocks; ++b) {
-      if (apart && b % 2 == 0)
-        operand = load_matrices(probe_row_ + static_cast<unsigned>(b) * 32);
+      if (apart && b % 2 == 0) operand = load_matrices(probe_row_ + static_cast<unsigned>(b) * 32);
       if (b + ahead < channel_blocks) read(b + ahead);
       __syncwarp();  // or the compiler may load one by one, each into the registers of the last
 #pragma unroll
@@ -274,7 +271,7 @@ class Stream : TileRing {
   /// The same of one that is not among the last two, which a row's first one waits for.
   __device__ __forceinline__ void keep_probe(int which, int first = -1) const {
     if (!is_tile(which)) return;
-    if (plain && which == first) named_wait(weights_known, weights_threads);
+    if (plain && which == first) memory_.gates.pass(Gate::weights_known);
     const int mine = static_cast<int>(lane()), slot = which * tile + mine;
     if (mine < tile && slot < now_.slots) look_.probe[slot] = probe_of_lane<tile>(memory_.probe, products_of(which));
   }

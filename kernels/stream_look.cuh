@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/gates.cuh"
 #include "kernels/key_probe.cuh"
 #include "kernels/tile_map.hpp"
 
@@ -68,6 +69,7 @@ struct StreamMemory {
   float* partial;
   // Where each lane's part lies: of queries, of a tile of keys, of one of values; and its row of products.
   uint4 lanes[32];
+  Gates gates;
   KeyProbe probe;  // where policies ask for one
 
   __device__ SoftmaxPart* parts_of(int token) { return parts[token & 1]; }

@@ -15,7 +15,7 @@ struct TeamMemory {
   struct alignas(16) Least {
     unsigned long long key;
     int slot, warp;  // and who has it
-  } least[3][team_warps];
+  } least[2][team_warps];
   alignas(16) int counts[256];
   int flag, number;
 };
@@ -169,7 +169,7 @@ struct BlockTeam {
   }
 
   /// The smallest of every member's key with its slot, which is -1 when there is none; keys differ. One barrier is enough, and
-  /// given, if another lies between this and the next call of the same `turn` (0 to 2). `meanwhile` is called before it with the lane
+  /// given, if another lies between this and the next call of the same `turn` (0 or 1). `meanwhile` is called before it with the lane
   /// that has the least of its warp.
   __device__ TeamMemory::Least least(unsigned long long key, int slot, int turn) const {
     return least(key, slot, turn, [](int) {});

@@ -73,20 +73,21 @@ __device__ inline void clear_parts(RowMemory& row, const float* sink, int group)
   }
 }
 
-/// The barriers of a stream's copies, by one thread for all; a barrier must follow, and copies must have ended before the end.
-template <bool begins = true>
-__device__ void begin_landings(StreamMemory& stream) {
+/// The barriers of a stream, by one thread for all; a barrier must follow, and copies must have ended before the end.
+__device__ inline void begin_barriers(StreamMemory& stream) {
+  if (threadIdx.x != 0) return;
+  stream.gates.begin();
   if constexpr (copies_boxes) {
-    if (threadIdx.x != 0) return;
-    for (uint64_t& barrier : stream.landed)
-      if constexpr (begins)
-        barrier_init(shared_address(&barrier), 1);
-      else
-        barrier_end(shared_address(&barrier));
-    if constexpr (begins) barriers_ready();
+    for (uint64_t& barrier : stream.landed) barrier_init(shared_address(&barrier), 1);
+    barriers_ready();
   }
 }
-__device__ inline void end_landings(StreamMemory& stream) { begin_landings<false>(stream); }
+__device__ inline void end_barriers(StreamMemory& stream) {
+  if (threadIdx.x != 0) return;
+  stream.gates.end();
+  if constexpr (copies_boxes)
+    for (uint64_t& barrier : stream.landed) barrier_end(shared_address(&barrier));
+}
 
 namespace detail {
 
@@ -296,8 +297,8 @@ struct TokenAttention {
     const int pitch = stream_pitch(width), first_lane = g % heads_at_once * softmax_parts;
     const float of_head = g < heads_at_once ? weights.weight[0] : weights.weight[stream_heads / heads_at_once - 1];
     static_assert(stream_heads / heads_at_once <= 2 && heads_at_once % 2 == 0);
-    HeadOutput output{elements,  {}, memory.stream.partial_of(token, group, width) + g * pitch, group * pitch,
-                      value_dim, static_cast<const std::uint16_t*>(newest_value)};
+    HeadOutput output{elements,      {},        memory.stream.partial_of(token, group, width) + g * pitch,
+                      group * pitch, value_dim, static_cast<const std::uint16_t*>(newest_value)};
 #pragma unroll
     for (int p = 0; p <= stream_warps; ++p) output.weight[p] = __shfl_sync(~0u, of_head, first_lane + p);
     return output;
