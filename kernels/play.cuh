@@ -219,9 +219,8 @@ struct Play {
   /// Where a token's queries lie when fixed.look is of the cache, head by head.
   __device__ Queries queries_of(int token) const {
     if (!absolute()) return {unit.queries, trace.key_dim};
-    return {at(layer.q_rotated, static_cast<long>(query_head(0)) * layer.query_rows + layer.row_of_token[token],
-               trace.key_dim),
-            static_cast<long>(layer.query_rows) * trace.key_dim};
+    const long rows = layer.query_rows, first = query_head(0) * rows + layer.row_of_token[token];
+    return {at(layer.q_rotated, first, trace.key_dim), rows * trace.key_dim};
   }
 
   /// Attends as fixed.look says, over `slots` slots and a newest one; results are in `row` and the look's logits, what rings
@@ -229,12 +228,9 @@ struct Play {
   template <int width, int tile = 0>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
-    const RowNow mine{slots,
-                      token,
-                      play.row.queries[play.now & 1],
-                      play.at(look.keys, slots, look.key_dim),
-                      play.at(look.values, slots, look.value_dim),
-                      play.changed};
+    const void *const key = play.at(look.keys, slots, look.key_dim), *const value =
+                                                                         play.at(look.values, slots, look.value_dim);
+    const RowNow mine{slots, token, play.row.queries[play.now & 1], key, value, play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
     stage_queries(look, queries, play.row.queries[play.now & 1], play.row.query_rows);
     play.attention().streamed<width, tile>(look, mine, play.row, play.ring);
@@ -249,9 +245,8 @@ struct Play {
   /// A row's new content where the ring holds it already; by the warp that streams the slot. `tile`: fixed.tile, which steps know.
   __device__ __forceinline__ void patch(int slot, const void* key, const void* value, int tile) const {
     if (!fixed.streamed) return;
-    const unsigned chunk = threadIdx.x % 16;
-    const bool keys = threadIdx.x % 32 < 16,
-               there = static_cast<int>(chunk) * 8 < (keys ? trace.key_dim : trace.value_dim);
+    const int chunk = static_cast<int>(threadIdx.x % 16);
+    const bool keys = threadIdx.x % 32 < 16, there = chunk * 8 < (keys ? trace.key_dim : trace.value_dim);
     const uint4 words = there ? static_cast<const uint4*>(keys ? key : value)[chunk] : uint4{};
     TileRing::patch(shared_address(row.stream.ring), ring, stream_width(trace.key_dim, trace.value_dim), tile, slot,
                     words, there);
@@ -287,10 +282,10 @@ struct Play {
   }
   /// A slot's rows, by one warp.
   __device__ __forceinline__ void write_rows_of(int slot, const void* key, const void* value) const {
-    const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
+    const int lane = static_cast<int>(threadIdx.x % 32);
     if (fixed.streamed) {  // half a warp a row
       const bool keys = lane < 16;
-      const int dim = keys ? trace.key_dim : trace.value_dim;
+      const int dim = keys ? trace.key_dim : trace.value_dim, chunk = lane % 16;
       uint4* const rows = reinterpret_cast<uint4*>(keys ? unit.keys : unit.values);
       if (chunk * 8 < dim) rows[slot * (dim / 8) + chunk] = static_cast<const uint4*>(keys ? key : value)[chunk];
       return;

@@ -240,6 +240,14 @@ class StepRow : protected StepLook<P, width> {
     return best.slot;
   }
 
+  __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
+  /// Whether the warps part at the end of a step that lets one slot go: but for clocks, which want all to be where they are.
+  __device__ bool parts() const {
+    const Traits traits = p_.traits();
+    return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
+           !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
+           !(merges() && (traits.nearest != Nearest::none || !has_room_for_folded()));
+  }
   /// Where a step's fold leaves its target's rows: in the place of outputs, which plain rows leave alone.
   __device__ detail::FoldedRows folded() const {
     char* const rows = reinterpret_cast<char*>(p_.row.output);

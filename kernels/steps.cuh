@@ -37,11 +37,11 @@ class Steps : StepRow<P, width, tile> {
   using Played = Player<P, (width > 0)>;
   using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step,
       Row::bias_, Row::bias_moved_, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass,
-      Row::has_room_for_folded, Row::has_row_hooks, Row::inputs, Row::lags, Row::links, Row::look_around,
-      Row::looks_for_probe, Row::mass, Row::may_part, Row::measure_row, Row::measured_, Row::measured_token_,
-      Row::own_look_, Row::p_, Row::pass, Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve,
-      Row::settle_measure, Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved,
-      Row::vector_moves, Row::watches;
+      Row::has_row_hooks, Row::inputs, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
+      Row::parts, Row::measure_row, Row::merges, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_,
+      Row::pass, Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::settle_measure,
+      Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved, Row::vector_moves,
+      Row::watches;
 
   __device__ void take(int token, bool compresses) {
     const int m = p_.fixed.coming[static_cast<unsigned>(token) % 4].measured;  // attended, if timed, and no more
@@ -96,13 +96,6 @@ class Steps : StepRow<P, width, tile> {
     follow(copy);
   }
 
-  /// Whether the warps part at the end of a step that lets one slot go: but for clocks, which want all to be where they are.
-  __device__ bool parts() const {
-    const Traits traits = p_.traits();
-    return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
-           !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
-           !(merges() && (traits.nearest != Nearest::none || !has_room_for_folded()));
-  }
   /// The end of such a step. Once all threads know who goes, warps that stream go on with the next one's tiles; the others measure,
   /// fetch inputs and keep the books. Returns whether a slot went.
   __device__ __forceinline__ bool decide(int token, bool observes) {
@@ -237,7 +230,6 @@ class Steps : StepRow<P, width, tile> {
   __device__ bool together() const {
     return !decides_alone(width, tile) && p_.traits().scope == Scope::layer && args_.together;
   }
-  __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
 
   /// The victim joins its target or is counted, and goes. Needs a barrier before, one must follow.
   __device__ void drop(int token, int victim) {

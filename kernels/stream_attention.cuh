@@ -2,14 +2,13 @@
 // of. Keys and values are read once, into a ring that is the warp's own: by copies of whole tiles on Hopper and later, else by
 // 512 neighbouring bytes a warp (in any other order of lanes such a copy moves every sector twice). There is no barrier
 // between memory and tensor cores, and rows are swizzled so that there is no bank conflict either. The ring goes on over
-// rows: a warp's last tile of a row is its first one of the next, and a slot that changes meanwhile is patched in the ring.
-// Behind the last slot a tile holds what was there before: numbers, which count nothing.
+// rows (tile_ring.cuh). Behind the last slot a tile holds what was there before: numbers, which count nothing.
 //
 // Products are mma.m16n8k16: keys times queries, then values times probabilities, whose right operands have room for eight
 // heads. Probabilities enter as two 16-bit words: both at once where a group is of four heads or fewer. A policy's vector goes
 // along as further columns, or as a right operand of its own (key_probe.cuh).
 #pragma once
-#include "kernels/elements.cuh"
+#include "kernels/stream_start.cuh"
 #include "kernels/tensor_words.cuh"
 #include "kernels/tile_ring.cuh"
 
@@ -30,35 +29,16 @@ class Stream : TileRing {
   /// `warp` as well. `goes_on`: with the exponents' bases of the token before, where rows are plain.
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
                                     const StreamSource& from, int kept_tiles, int group, int warp, bool goes_on = false)
-      : Stream(look, now, memory, from, kept_tiles, group, warp, Start(look, memory, group, warp, goes_on)) {}
+      : Stream(look, now, memory, from, kept_tiles, group, warp,
+               {look, memory, group, warp, both_at_once(group) ? head() % 4 : head(), probes, plain && goes_on}) {}
 
  private:
-  static __device__ bool both_at_once(int group) {
+  __device__ static bool both_at_once(int group) {
     return probing == Probing::among_queries || group <= stream_heads / 2;
   }
-  /// What a row's beginning reads of shared memory: at once, or each would be waited for.
-  struct Start {
-    uint4 lane;
-    float2 most;  // before the first tile
-    float* logits;
-    int logit_stride;
-    float scale;
-    unsigned ring, probe;
-    __device__ __forceinline__ Start(const RowLook& look, const StreamMemory& memory, int group, int warp,
-                                     bool goes_on) {
-      const int first = both_at_once(group) ? head() % 4 : head();
-      most = {-INFINITY, -INFINITY};
-      logits = look.logits, logit_stride = look.logit_stride, scale = look.scale, ring = shared_address(memory.ring);
-      if constexpr (probes) probe = shared_address(memory.probe.rows);
-      if (plain && goes_on) most = *reinterpret_cast<const float2*>(memory.bases + warp * stream_heads + first);
-      lane = memory.lanes[threadIdx.x % 32];
-      __syncwarp();  // or the compiler puts these reads off
-      if (!plain || !goes_on) return;
-      most = {first < group ? most.x : INFINITY, first + 1 < group ? most.y : INFINITY};
-    }
-  };
   __device__ __forceinline__ Stream(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                    const StreamSource& from, int kept_tiles, int group, int warp, const Start& start)
+                                    const StreamSource& from, int kept_tiles, int group, int warp,
+                                    const StreamStart& start)
       : look_(look),
         now_(now),
         memory_(memory),
@@ -179,8 +159,7 @@ class Stream : TileRing {
     if (row() != 0 || head() >= group_) return;
     SoftmaxPart* const part = memory_.parts_of(now_.query_token) + head() * softmax_parts + warp_;
     *reinterpret_cast<float2*>(memory_.bases + warp_ * stream_heads + head()) = {most_[0], most_[1]};
-    part[0] = {most_[0] * log2_e, sum_[0]},
-    part[softmax_parts] = {most_[1] * log2_e, sum_[1]};  // or of a head that is none
+    part[0] = {most_[0] * log2_e, sum_[0]}, part[softmax_parts] = {most_[1] * log2_e, sum_[1]};  // even of no head
   }
 
   /// Starts copying a tile of keys or values; nothing beyond the last tile.
@@ -203,11 +182,6 @@ class Stream : TileRing {
                                  which < tiles_ ? now_.slots : -1);
     }
   }
-  /// Where this lane's row of the b-th block of 16 channels lies, in the m-th of 16 slots: of keys, of values.
-  __device__ static unsigned place(unsigned first, int b, int m) {
-    return (first ^ static_cast<unsigned>(b % 4) * 32) + static_cast<unsigned>(b / 4) * half_bytes +
-           static_cast<unsigned>(m) * 16 * 128;
-  }
 
   /// Keys are the left operand, a slot a row; all heads' queries are the right one. Where nothing else stands between products that
   /// wait for one another, even and odd blocks of channels are added up apart.
@@ -221,7 +195,7 @@ class Stream : TileRing {
     const auto read = [&](int b) __attribute__((always_inline)) {
       if (b % 2 == 0) query[b / 2 % 2] = load_matrices(query_ + static_cast<unsigned>(b) * 32);
 #pragma unroll
-      for (int m = 0; m < row_blocks; ++m) key[b % (ahead + 1)][m] = load_matrices(place(key_at_, b, m));
+      for (int m = 0; m < row_blocks; ++m) key[b % (ahead + 1)][m] = load_matrices(place<tile>(key_at_, b, m));
     };
 #pragma unroll
     for (int b = 0; b < ahead; ++b) read(b);
@@ -312,7 +286,8 @@ class Stream : TileRing {
     for (int m = 0; m < row_blocks; ++m)
 #pragma unroll
       for (int e = m == 0 ? 2 : 0; e < 4; ++e) most[e % 2] = fmaxf(most[e % 2], x[m][e]);
-    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom) || (first && !is_near(most)))
+    if (__any_sync(~0u, most[0] > most_[0] + headroom || most[1] > most_[1] + headroom) ||
+        (first && !is_near(most, most_)))
       rescale(most, first);
     const float base[2] = {base_of(most_[0]), base_of(most_[1])};
 #pragma unroll
@@ -339,7 +314,6 @@ class Stream : TileRing {
     logits_[at] = left;
     if (next_logits_ > 0) logits_[at + next_logits_] = right;
   }
-
   /// The logits of a slot, a row on from `at`, under whatever bends or hides them, kept; and with its bias.
   __device__ void bend(int at, float& left, float& right) const {
     const int slot = at + row();
@@ -350,23 +324,6 @@ class Stream : TileRing {
     left = logit(left), right = logit(right);
     if (logits_ && slot < now_.slots) keep_logits(at, left, right);
     if ((!plain || biased) && look_.bias && there) left += look_.bias[slot], right += look_.bias[slot];
-  }
-
-  /// What the exponents of a head are relative to, in units of log 2.
-  __device__ static float base_of(float most) { return most == -INFINITY ? 0.f : most * log2_e; }
-
-  /// Whether every head has a slot whose logit is not far below its base before the first tile. Columns beyond the group have
-  /// none.
-  __device__ __forceinline__ bool is_near(const float (&most)[2]) const {
-    constexpr float far = 40;  // exponents go down to -126 * ln 2
-    unsigned near[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      near[e] = __ballot_sync(~0u, most[e] > most_[e] - far || most_[e] == INFINITY);
-#pragma unroll
-      for (int k = 16; k >= 4; k /= 2) near[e] |= near[e] >> k;
-    }
-    return (near[0] & near[1] & 15) == 15;
   }
 
   /// `first`: of a row's tiles, before which nothing has been added up.
@@ -391,7 +348,7 @@ class Stream : TileRing {
   /// Rows of four blocks of 16 channels, from the first-th on, in the m-th of 16 slots.
   __device__ __forceinline__ void read_values(int first, int m, uint4 (&rows)[4]) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_turned(place(value_at_, first + i, m));
+    for (int i = 0; i < 4; ++i) rows[i] = load_turned(place<tile>(value_at_, first + i, m));
   }
   /// Values are the left operand, a channel a row. `rows`: of the first four blocks, where they are `there`.
   template <bool there>
@@ -435,8 +392,8 @@ class Stream : TileRing {
   int row_;                             // row(), for what is done in every tile
   unsigned probe_row_, product_;        // where this lane's row of a probe's operand begins, and product_of_lane()
   float output_[channel_blocks][4] = {};
-  // What exponents are relative to: before a plain row's first tile, what they were before. Others begin anew: a row that
-  // comes again, as oracles take it back, gives the same numbers.
+  // What exponents are relative to: in a plain row what they were before, others begin anew: as oracles take a row back, it gives
+  // the same numbers.
   float most_[2], sum_[2] = {0, 0};
 };
 

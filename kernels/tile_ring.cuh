@@ -11,6 +11,13 @@ struct TileRing {
   __device__ static constexpr unsigned half_bytes(int tile) { return static_cast<unsigned>(tile) * 128; }
   __device__ static constexpr unsigned tile_bytes(int width, int tile) { return half_bytes(tile) * (width / 64); }
 
+  /// Where a lane's row of the b-th block of 16 channels lies, in the m-th of 16 slots, of a tile whose first one is at `first`.
+  template <int tile>
+  __device__ static unsigned place(unsigned first, int b, int m) {
+    return (first ^ static_cast<unsigned>(b % 4) * 32) + static_cast<unsigned>(b / 4) * half_bytes(tile) +
+           static_cast<unsigned>(m) * 16 * 128;
+  }
+
   /// Fills StreamMemory::lanes, by one warp; a barrier must follow. Numbers that follow from the thread's index would be computed
   /// again wherever they are used, what is read from memory is kept.
   __device__ static void fill_lanes(StreamMemory& memory, int width, int tile) {
