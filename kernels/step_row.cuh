@@ -148,15 +148,12 @@ class StepRow : protected StepLook<P, width> {
     const RowLook& look = p_.fixed.look;
     StreamMemory& memory = p_.row.stream;
     if constexpr (plain) {
-      if (!TileRing::holds_first(p_.ring, TileRing::tiles_of_row(now.slots, tile))) {
-        const RowNow copy = now;
-        start_apart(look, copy, memory, p_.ring, args_.settings.kept_tiles);
-      }
       const auto run = [&](auto probing) __attribute__((always_inline)) {
         const StreamSource from{&args_.maps.keys, &args_.maps.values, p_.fixed.unit_index};
         const int kept_tiles = args_.settings.kept_tiles;
         Stream<__nv_bfloat16, width, tile, probing.value, true, biased> stream(look, now, memory, from, kept_tiles,
                                                                                args_.trace.group, p_.warp, true);
+        stream.start(p_.ring);  // inlined: synccheck reports warps that come from a call to the row's barrier
         stream.run(p_.ring);
       };
       if (p_.traits().key_probe && p_.probe_known)
@@ -168,13 +165,6 @@ class StepRow : protected StepLook<P, width> {
       const RowNow copy = now;
       stream_apart(p_.trace.elements, look, copy, memory, ring);
     }
-  }
-
-  static __device__ __noinline__ void start_apart(const RowLook& look, const RowNow& now, StreamMemory& memory,
-                                                  Ring ring, int kept_tiles) {
-    Stream<__nv_bfloat16, width, tile, Probing::none, true>(look, now, memory, look.from, kept_tiles, look.group,
-                                                            warp_of_team())
-        .start(ring);
   }
 
   /// Whether the policy's key probe goes along with the row that fixed.look is of.

@@ -114,6 +114,36 @@ TEST(Emulator, SaysWhoWaitsForWhom) {
   EXPECT_NE(error.find("warp 1: 16 lanes at a barrier, 16 at __syncwarp"), std::string::npos) << error;
 }
 
+/// The first of two warps writes and arrives at a gate, the second one passes it and reads; the last of so many times the first may
+/// stay away.
+__global__ void pass_a_gate(int* seen, int times, bool stays_away) {
+  char* const memory = launch_memory();
+  const uint32_t gate = shared_address(memory);
+  volatile int* const written = reinterpret_cast<int*>(memory + 16);
+  if (threadIdx.x == 0) barrier_init(gate, 64);
+  __syncthreads();
+  for (int i = 0; i < times; ++i) {
+    if (threadIdx.x < 32) {
+      if (threadIdx.x == 0) *written = i + 1;
+      __syncwarp();
+      if (!stays_away || i + 1 < times) barrier_arrive(gate);
+    } else {
+      barrier_arrive_and_wait(gate);
+      seen[i * 32 + static_cast<int>(threadIdx.x % 32)] = *written;
+    }
+    __syncthreads();
+  }
+}
+
+TEST(Emulator, LetsThroughAGateWhoFollowsAndSaysWhenNobodyComes) {
+  constexpr int times = 5;
+  const Buffer<int> seen(times * 32);
+  EXPECT_EQ(error_of(pass_a_gate, 64, 32, seen.data(), times, false), "");
+  const std::vector<int> all = seen.to_host();
+  for (std::size_t i = 0; i < all.size(); ++i) EXPECT_EQ(all[i], static_cast<int>(i / 32) + 1) << i;
+  EXPECT_EQ(error_of(pass_a_gate, 64, 32, seen.data(), times, true), "emulator: all wait for a barrier");
+}
+
 /// The blocks of a launch meet as the heads of a layer do, but arrive so many times each; `all`: arrivals that make a meeting.
 __global__ void meet(int* arrivals, int times, int all) {
   if (threadIdx.x != 0) return;
