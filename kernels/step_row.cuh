@@ -13,11 +13,13 @@ class StepRow : protected StepLook<P, width> {
   using Base::biased;
   using Base::plain;
   using Base::size;
+  /// Whether a fold asks for the whole block.
+  static constexpr bool folds_together = detail::declares_on_merge<P> && !leaves_in_fold<P>;
   /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
   /// comes or goes, or joins another.
-  static constexpr bool may_part =
-      plain && !biased && (!detail::declares_on_merge<P> || leaves_in_fold<P>)&&!detail::declares_on_compress<P> &&
-      !detail::declares_on_selected<P> && !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
+  static constexpr bool may_part = plain && !biased && !folds_together && !detail::declares_on_compress<P> &&
+                                   !detail::declares_on_selected<P> &&
+                                   !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
   /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
   static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
   static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
@@ -236,7 +238,7 @@ class StepRow : protected StepLook<P, width> {
     const Traits traits = p_.traits();
     return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
            !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
-           !(merges() && (traits.nearest != Nearest::none || !has_room_for_folded()));
+           !(merges() && (traits.nearest != Nearest::none || traits.key_probe || !has_room_for_folded()));
   }
   /// Where a step's fold leaves its target's rows: in the place of outputs, which plain rows leave alone.
   __device__ detail::FoldedRows folded() const {
