@@ -347,12 +347,6 @@ void barrier_wait(std::uint32_t barrier, int parity) {
   }
 }
 
-void barrier_arrive_and_wait(std::uint32_t barrier) {
-  const int phase = static_cast<int>(words_of(barrier)[1] & 1);
-  barrier_arrive(barrier, 0);
-  barrier_wait(barrier, phase);
-}
-
 void named_arrive(int id, int threads) {
   auto& barrier = here->block->named[id];
   here->block->passes = 0;

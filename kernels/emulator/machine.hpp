@@ -63,7 +63,6 @@ void barrier_init(std::uint32_t barrier, int arrivals);
 void barrier_arrive(std::uint32_t barrier, unsigned expected_bytes);
 bool barrier_passed(std::uint32_t barrier, int parity);
 void barrier_wait(std::uint32_t barrier, int parity);
-void barrier_arrive_and_wait(std::uint32_t barrier);
 void named_wait(int id, int threads);
 void named_arrive(int id, int threads);
 
