@@ -135,13 +135,13 @@ inline void barrier_end(uint32_t) {}
 inline void barriers_ready() {}
 inline void barrier_arrive(uint32_t barrier) { emulator::barrier_arrive(barrier, 0); }
 inline void barrier_expect(uint32_t barrier, unsigned bytes) { emulator::barrier_arrive(barrier, bytes); }
+using emulator::barrier_passed;
+using emulator::barrier_wait;
 inline void barrier_arrive_and_wait(uint32_t barrier) {
   const int phase = barrier_passed(barrier, 0) ? 1 : 0;
   barrier_arrive(barrier);
   barrier_wait(barrier, phase);
 }
-using emulator::barrier_passed;
-using emulator::barrier_wait;
 inline void named_wait(int id, int threads) { emulator::named_wait(id, threads); }
 inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threads); }
 
