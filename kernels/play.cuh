@@ -228,8 +228,8 @@ struct Play {
   template <int width, int tile = 0>
   static __device__ __noinline__ void attend(Play& play, const Queries& queries, int token, int slots) {
     const RowLook& look = play.fixed.look;
-    const void *const key = play.at(look.keys, slots, look.key_dim), *const value =
-                                                                         play.at(look.values, slots, look.value_dim);
+    const void* const key = play.at(look.keys, slots, look.key_dim);
+    const void* const value = play.at(look.values, slots, look.value_dim);
     const RowNow mine{slots, token, play.row.queries[play.now & 1], key, value, play.changed};
     if (width == 0 && !play.fixed.streamed) return play.attention().plain(look, queries, mine, play.row);
     stage_queries(look, queries, play.row.queries[play.now & 1], play.row.query_rows);
