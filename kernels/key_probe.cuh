@@ -119,10 +119,7 @@ __device__ float probe_of_newest(const KeyProbe& probe, const Now& row, Gates& g
       sum[r] += key.x * x.x + key.y * x.y;
     }
   }
-#pragma unroll
-  for (int k = 16; k > 0; k /= 2)
-#pragma unroll
-    for (float& each : sum) each += __shfl_xor_sync(~0u, each, k);
+  sum_over_lanes(sum, 8 * 32, 32);
   gates.pass(Gate::newest_weights_known);
   return probe_of(probe, {sum[0], sum[1], sum[2], sum[3]});
 }

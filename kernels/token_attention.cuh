@@ -187,7 +187,7 @@ struct TokenAttention {
 #pragma unroll 1
     for (int four = 4 * first; four < group; four += 4 * warps) {
       const int g = min(four + static_cast<int>(threadIdx.x % 32 / 8), group - 1);
-      float dot = 0;  // eight channels a lane, and 64 further
+      float dot[1] = {};  // eight channels a lane, and 64 further
 #pragma unroll
       for (int c = 8 * lane; c < 128; c += 64)
         if (c < look.key_dim) {
@@ -196,12 +196,11 @@ struct TokenAttention {
           widen_eight(elements, *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(now.newest_key) + c),
                       key);
 #pragma unroll
-          for (int k = 0; k < 8; ++k) dot = __fmaf_rn(query[k], key[k], dot);
+          for (int k = 0; k < 8; ++k) dot[0] = __fmaf_rn(query[k], key[k], dot[0]);
         }
-#pragma unroll
-      for (int k = 4; k > 0; k /= 2) dot += __shfl_xor_sync(~0u, dot, k);
+      sum_over_lanes(dot, 8 * 8, 8);
       if (lane != 0) continue;
-      const float x = bent(look, now, now.slots, dot);
+      const float x = bent(look, now, now.slots, dot[0]);
       if (look.logits) look.logits[static_cast<long>(g) * look.logit_stride + now.slots] = x;
       memory.stream.parts_of(now.query_token)[g * softmax_parts + stream_warps] = {
           (!simple && look.bias ? x + look.bias[now.slots] : x) * log2_e, 1};

@@ -7,12 +7,12 @@
 namespace kv {
 
 /// sum_of_chunks of policies/teams.hpp for several rows, a chunk a lane of the first of every `lanes` neighbours, to all of them; full
-/// warps.
+/// warps. Lanes beyond a row's chunks have zeros.
 template <int rows>
 __device__ void sum_over_lanes(float (&chunk)[rows], int dim, int lanes) {
   const int lane = static_cast<int>(threadIdx.x) % lanes;
   int n = min((dim + 7) / 8, lanes);
-  if ((n & (n - 1)) == 0) {  // the lanes beyond have zeros, which change nothing
+  if ((n & (n - 1)) == 0) {  // in one go with those lanes: zeros change nothing
 #pragma unroll
     for (int k = 16; k > 0; k /= 2)
       if (k < lanes)
