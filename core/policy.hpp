@@ -107,6 +107,18 @@ struct Fold {
   float note = NAN;                  // a number worth a quantile in the row, named by the policy's `fold_note`
 };
 
+/// A Fold of values alone, into one slot: a policy whose on_merge returns this says at compile time that keys stay as they are.
+struct ValueFold {
+  int target = -1;  // as Fold's
+  float value = 0, own_value = 1;
+  float note = NAN;
+  constexpr operator Fold() const {
+    Fold plan;
+    plan.target = target, plan.value = value, plan.own_value = own_value, plan.note = note;
+    return plan;
+  }
+};
+
 /// All that joins one target, before it is written.
 struct FoldTarget {
   int victims = 0;

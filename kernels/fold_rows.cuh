@@ -90,11 +90,6 @@ struct SlotRows {
   }
 };
 
-/// A target's rows after a fold, in shared memory.
-struct FoldedRows {
-  void *key = nullptr, *value = nullptr;
-};
-
 /// A victim under way to its target: its rows and their weights.
 template <int step>
 struct VictimRows {
@@ -110,11 +105,10 @@ struct RowsMoved {
 
 /// `step` channels from c on of a target's key and value, adjusted sums given:
 /// row = (own * row + sum of weight * victim) / divisor. `own` and the first victim have been read; the others are read here.
-/// `bfloat16`: rows are known to be of it, stored and rounded. `also`: where the rows are left besides, moved or not, or nulls.
+/// `bfloat16`: rows are known to be of it, stored and rounded.
 template <int step, bool bfloat16, class Player, class Head, class Plan>
 __device__ void write_channels(Player& player, Head& head, int target, int n, const FoldTarget& sum, Plan plan_of,
-                               int c, const SlotRows<step>& own, VictimRows<step> next, RowsMoved& moved,
-                               const FoldedRows& also = {}) {
+                               int c, const SlotRows<step>& own, VictimRows<step> next, RowsMoved& moved) {
   const Dtype elements = bfloat16 ? Dtype::bfloat16 : player.elements(), dtype = player.dtype();
   const Unit& unit = player.unit;
   const TraceData& trace = player.trace;
@@ -181,8 +175,6 @@ __device__ void write_channels(Player& player, Head& head, int target, int n, co
     }
     store(unit.values, static_cast<long>(target) * trace.value_dim + c, value);
   }
-  if (also.key && in_key) store_channels(also.key, elements, c, key);
-  if (also.value && in_value) store_channels(also.value, elements, c, value);
 }
 
 /// What a target's rows leave in the books; by one thread.

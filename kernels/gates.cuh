@@ -12,15 +12,18 @@ enum class Gate {
   gap_closed,            // the clerk waits until the others have closed the gap of a slot that went
   weights_known,         // of a row's probe: who streams waits for the clerk
   newest_weights_known,  // the same for the warp that has to do with the newest key, which may come late
+  value_kept,            // the warp that folds waits for the one that has read the victim's value
+  planned,               // the clerk waits until that warp knows the victim's target
+  gap_may_close,         // the same for the warp that closes the victim's gap
 };
 
 struct Gates {
-  uint64_t barriers[4];
+  uint64_t barriers[7];
 
   /// By one thread; a barrier must follow.
   __device__ void begin() {
-    constexpr int warps[] = {team_warps - stream_warps, team_warps - stream_warps, stream_warps + 1, 2};
-    for (int i = 0; i < 4; ++i) barrier_init(shared_address(&barriers[i]), warps[i] * 32);
+    constexpr int warps[] = {team_warps - stream_warps, team_warps - stream_warps, stream_warps + 1, 2, 2, 2, 2};
+    for (int i = 0; i < 7; ++i) barrier_init(shared_address(&barriers[i]), warps[i] * 32);
   }
   __device__ void end() {
     for (uint64_t& barrier : barriers) barrier_end(shared_address(&barrier));

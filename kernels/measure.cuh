@@ -11,15 +11,18 @@ __device__ __noinline__ inline void measure_head(Fixed& f, int g, int m, int tok
   compare_outputs(f.unit, f.trace, f.progress, {g, m, f.settings.measured_count, token}, output, full_output, lse);
 }
 
-/// A streamed row's output of one head against full attention's; by half a warp, while the other half has another head. `trace`:
-/// f.trace, from where it is read at the least cost.
+/// A streamed row's output of one head, with what it lacks, against full attention's; by half a warp, while the other half has
+/// another head. `trace`: f.trace, from where it is read at the least cost.
+template <class Lacks>
 __device__ __forceinline__ void measure_half(Fixed& f, const TraceData& trace, const MeasuredHead& head,
-                                             const TokenAttention::HeadOutput& output, const float* full_output) {
+                                             const TokenAttention::HeadOutput& output, const Lacks& lacks,
+                                             const float* full_output) {
   const int last = min(head.g, trace.group - 1), row = head.m * trace.group + last;
   const SoftmaxPart whole = f.row.whole[last];
   float* const delta = f.unit.delta;
   OutputSums sums;
-  output.each([&](int c, const float4& o) {
+  output.each([&](int c, float4 o) {
+    lacks.add_to(c, o);
     float4* const to = reinterpret_cast<float4*>(delta + static_cast<long>(row) * trace.value_dim + c);
     sums.add_four(o, *reinterpret_cast<const float4*>(full_output + c), delta ? to : nullptr);
   });
@@ -27,10 +30,11 @@ __device__ __forceinline__ void measure_half(Fixed& f, const TraceData& trace, c
                 [&] { return static_cast<double>(TokenAttention::log_sum_of(whole)); });
 }
 /// The same as a call.
-__device__ __noinline__ inline void measure_half_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
-                                                       const TokenAttention::HeadOutput& output,
-                                                       const float* full_output) {
-  measure_half(by_kept_address(f), trace, head, output, full_output);
+template <class Lacks>
+__device__ __noinline__ void measure_half_apart(Fixed& f, const TraceData& trace, const MeasuredHead& head,
+                                                const TokenAttention::HeadOutput& output, const Lacks& lacks,
+                                                const float* full_output) {
+  measure_half(by_kept_address(f), trace, head, output, lacks, full_output);
 }
 
 /// The cosine and the lost mass of every measured query, from what measure_head left.

@@ -68,11 +68,14 @@ constexpr int probe_product_bytes(int width, int ring_bytes) {
   return stream_warps * 2 * probe_tile_bytes(tile_slots(width, ring_bytes));
 }
 
+/// Rows of outputs: of a group, and what a late fold needs in their place (late_fold.cuh).
+constexpr int output_rows(int group) { return group > 2 ? group : 2; }
+
 /// Bytes of RowMemory (token_attention.cuh) in shared memory, with rings of so many bytes. `probes`: rows may have a policy's vector
 /// beside their queries.
 constexpr int row_memory_bytes(bool streamed, int key_dim, int value_dim, int group, bool probes,
                                int ring_bytes = short_ring) {
-  int bytes = group * value_dim * 4 + group * 4;
+  int bytes = output_rows(group) * value_dim * 4 + group * 4;
   if (streamed) {
     const int width = stream_width(key_dim, value_dim);
     // Rings and parts of outputs; queries, the probe's rows and products; keys and values, full outputs.

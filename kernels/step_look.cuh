@@ -28,6 +28,23 @@ class StepLook : protected Stages<P, (width > 0)> {
  public:
   using Base::size;
   static constexpr bool plain = width > 0, biased = detail::declares_log_bias<P>;
+  /// Whether a fold asks for the whole block.
+  static constexpr bool folds_together = detail::declares_on_merge<P> && !leaves_in_fold<P>;
+  /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
+  /// comes or goes, or joins another.
+  static constexpr bool may_part = plain && !biased && !folds_together && !detail::declares_on_compress<P> &&
+                                   !detail::declares_on_selected<P> &&
+                                   !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
+  /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
+  static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
+  static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
+  /// Warps that measure, and which of them a warp is: the clerk's has most to do besides, and is the last, if it is one.
+  static constexpr int measurers = team_warps - first_server;
+  __device__ int measurer() const {
+    return p_.is_clerk_warp() ? team_warps - stream_warps - 1 : p_.warp - stream_warps - 1;
+  }
+  /// The warp that has to do with the newest token's key and value: its logits, and where they are written to memory.
+  static constexpr int row_writer = team_warps - 1;
 
   using Base::Base;
 
@@ -37,6 +54,7 @@ class StepLook : protected Stages<P, (width > 0)> {
   using Base::p_;
   using Base::watches;
 
+  __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
   __device__ bool streams_now() const { return p_.warp < stream_warps; }
   __device__ bool streamed() const { return plain || p_.fixed.streamed; }
   __device__ bool absolute() const { return plain || p_.absolute(); }
@@ -52,8 +70,8 @@ class StepLook : protected Stages<P, (width > 0)> {
     return attention;
   }
 
-  __device__ void begin_step(int token, int block) {
-    p_.now = token, p_.block_first = token, p_.block = block;
+  __device__ void begin_step(int token) {
+    p_.now = token, p_.block_first = token, p_.block = args_.block + token - args_.first;
     p_.phase = token < args_.trace.prompt_tokens ? Phase::prompt : Phase::decode;
   }
 
@@ -65,12 +83,12 @@ class StepLook : protected Stages<P, (width > 0)> {
   /// Not inlined, and of few words. Gives a barrier; where policies bias, needs one before. `ring`: the step's, which rows beside
   /// its own may take; null where rows are plain and there are none.
   static __device__ __noinline__ void prepare(const Launch& args, Fixed& fixed, const P& policy, int size, int token,
-                                              int block, bool attends, bool due, bool looks, Ring* ring) {
+                                              bool attends, bool due, bool looks, Ring* ring) {
     StepLook s(args, fixed, policy);
     auto& p = s.p_;
     p.size = size;
     if constexpr (!plain) p.ring = *ring;
-    s.begin_step(token, block);
+    s.begin_step(token);
     const bool biases = biased && attends && !looks;  // of slots that are there, while the newest is booked
     const int last = size - 1;
     if (p.is_clerk_warp()) {

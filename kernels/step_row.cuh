@@ -1,35 +1,26 @@
 // The row of a step: the warps that stream it and those that serve them, its measure, and the rows that attend besides it.
 #pragma once
-#include "kernels/step_look.cuh"
+#include "kernels/late_fold.cuh"
 
 namespace kv {
 
 /// `width`, `tile`: of the streams, where rows are plain; 0 for any rows.
 template <class P, int width, int tile>
-class StepRow : protected StepLook<P, width> {
-  using Base = StepLook<P, width>;
+class StepRow : protected LateFold<P, width, tile> {
+  using Base = LateFold<P, width, tile>;
 
  public:
   using Base::biased;
+  using Base::fetchers;
+  using Base::first_server;
+  using Base::folds_late;
+  using Base::has_row_hooks;
+  using Base::may_part;
+  using Base::measurers;
+  using Base::newest_reader;
   using Base::plain;
+  using Base::row_writer;
   using Base::size;
-  /// Whether a fold asks for the whole block.
-  static constexpr bool folds_together = detail::declares_on_merge<P> && !leaves_in_fold<P>;
-  /// Whether warps that stream may decide who goes while the others measure: where hooks look at slots, or at rows when a slot
-  /// comes or goes, or joins another.
-  static constexpr bool may_part = plain && !biased && !folds_together && !detail::declares_on_compress<P> &&
-                                   !detail::declares_on_selected<P> &&
-                                   !(detail::declares_on_attention<P> && detail::declares_score_in<P>);
-  /// Hooks of rows, which the next row waits for: the clerk's warp has them to do, and the others measure and fetch.
-  static constexpr bool has_row_hooks = detail::declares_on_append<P> || detail::declares_on_evict<P>;
-  static constexpr int first_server = stream_warps + (may_part && has_row_hooks ? 1 : 0);
-  /// Warps that measure, and which of them a warp is: the clerk's has most to do besides, and is the last, if it is one.
-  static constexpr int measurers = team_warps - first_server;
-  __device__ int measurer() const {
-    return p_.is_clerk_warp() ? team_warps - stream_warps - 1 : p_.warp - stream_warps - 1;
-  }
-  /// The warp that has to do with the newest token's key and value: its logits, and where they are written to memory.
-  static constexpr int row_writer = team_warps - 1;
   /// How far ahead of a step's end inputs are fetched: where the warps part they are for the step after next.
   static constexpr int fetched_ahead = may_part ? 2 : 1;
 
@@ -44,10 +35,15 @@ class StepRow : protected StepLook<P, width> {
   using Base::args_;
   using Base::asks_for_mass;
   using Base::attention;
+  using Base::begin_step;
   using Base::bias_;
   using Base::future_mass;
   using Base::inputs;
+  using Base::land_after_row;
+  using Base::land_at_once;
   using Base::look;
+  using Base::measurer;
+  using Base::merges;
   using Base::p_;
   using Base::streamed;
   using Base::streams_now;
@@ -84,6 +80,7 @@ class StepRow : protected StepLook<P, width> {
     await_copies<0>();
     __syncthreads();
     measure_row();
+    if constexpr (folds_late) land_at_once(p_.now + 1);
   }
 
   /// The step's row: logits, log-sum-exps, outputs. `appends`: the token is booked meanwhile. Outputs need a
@@ -104,7 +101,7 @@ class StepRow : protected StepLook<P, width> {
                      p_.changed};
     const bool stays = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
-      const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
+      const int stale = p_.folds_into_rings ? p_.stale : -1;  // only folds write rows of slots that stay
       if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile()))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
                  stream_tile());
@@ -117,7 +114,9 @@ class StepRow : protected StepLook<P, width> {
         if (appends) p_.append_one(token, inputs().key(token), inputs().value(token));
         if (plain && p_.traits().key_probe) settle_probe(token);
       }
-      attention().newest_slot(p_.fixed.look, now, p_.row, team_warps - 1 - p_.warp, team_warps - stream_warps);
+      constexpr unsigned servers = team_warps - stream_warps;
+      const unsigned turn = static_cast<unsigned>(newest_reader - p_.warp) % servers;
+      attention().newest_slot(p_.fixed.look, now, p_.row, static_cast<int>(turn), servers);
       if constexpr (may_part) {
         if (p_.warp == row_writer && p_.traits().key_probe && p_.probe_known) {
           const float probe = probe_of_newest<__nv_bfloat16, width>(p_.row.stream.probe, now, p_.row.stream.gates);
@@ -131,7 +130,7 @@ class StepRow : protected StepLook<P, width> {
     }
     __syncthreads();
     // What lies on the stack over a stream is read anew at every use, unless it is made anew.
-    if constexpr (plain) p_.now = same_in_warp(p_.now), p_.size = same_in_warp(p_.size);
+    if constexpr (plain) begin_step(same_in_warp(p_.now)), row_of_ = p_.now, p_.size = same_in_warp(p_.size);
     p_.stale = p_.changed = -1, gap_open_ = false;
     TileRing::advance(p_.ring, TileRing::tiles_of_row(p_.size - 1, stream_tile()), stays, p_.warp);
     if (lags()) {
@@ -143,6 +142,7 @@ class StepRow : protected StepLook<P, width> {
       attention().combine(p_.fixed.look, now, p_.row);
     else if (sees_row())
       weights_ = attention().log_sums(args_.trace.group, p_.row, p_.now, measurer(), measurers);
+    if constexpr (folds_late) land_after_row();
   }
 
   /// Plain rows are streamed here, others by a call.
@@ -187,19 +187,15 @@ class StepRow : protected StepLook<P, width> {
       kv::settle_probe<__nv_bfloat16, width>(p_.row.stream.probe, p_.unit.vector, args_.trace.key_dim, token,
                                              inputs().key(token));
   }
-  /// Play::take_place where rows are plain and the newest one is that of a token, or what a fold has made of it; a lane reads its
-  /// part of it once.
-  __device__ __forceinline__ void take_place(int victim, int token, bool is_folded) {
+  /// Play::take_place where rows are plain and the newest one is that of a token; a lane reads its part of it once.
+  __device__ __forceinline__ void take_place(int victim, int token) {
     if (victim != p_.size - 1 && p_.streams_slot(victim, tile)) {
       const int lane = static_cast<int>(threadIdx.x % 32), chunk = lane % 16;
       const bool keys = lane < 16;
       const int dim = keys ? args_.trace.key_dim : args_.trace.value_dim;
       const bool there = chunk * 8 < dim;
-      const auto part_of = [&](const void* key, const void* value) {
-        return static_cast<const uint4*>(keys ? key : value) + (there ? chunk : 0);
-      };
-      const uint4* const newest = is_folded ? part_of(folded().key, folded().value)
-                                            : part_of(p_.row.key, p_.row.value) + token % input_buffers * (width / 8);
+      const uint4* const newest = reinterpret_cast<const uint4*>(keys ? p_.row.key : p_.row.value) +
+                                  token % input_buffers * (width / 8) + (there ? chunk : 0);
       uint4* const rows = reinterpret_cast<uint4*>(keys ? p_.unit.keys : p_.unit.values);
       const unsigned rings = shared_address(p_.row.stream.ring);
       __syncwarp();  // or the compiler puts these reads off
@@ -232,51 +228,13 @@ class StepRow : protected StepLook<P, width> {
     return best.slot;
   }
 
-  __device__ bool merges() const { return detail::declares_on_merge<P> && p_.traits().merges; }
   /// Whether the warps part at the end of a step that lets one slot go: but for clocks, which want all to be where they are.
   __device__ bool parts() const {
     const Traits traits = p_.traits();
     return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
            !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
-           !(merges() && (traits.nearest != Nearest::none || traits.key_probe || !has_room_for_folded()));
+           (folds_late ? traits.nearest == Nearest::none && traits.observation_window == 0 : !merges());
   }
-  /// Where a step's fold leaves its target's rows: in the place of outputs, which plain rows leave alone.
-  __device__ detail::FoldedRows folded() const {
-    char* const rows = reinterpret_cast<char*>(p_.row.output);
-    return {rows, rows + args_.trace.key_dim * 2};
-  }
-  __device__ bool has_room_for_folded() const {
-    return args_.trace.key_dim + args_.trace.value_dim <= 2 * args_.trace.group * args_.trace.value_dim;
-  }
-  /// As BlockTeam::least, and the slot has joined its target, if there is one: Fixed::plan and folded() say how. -1 also where a
-  /// victim is spread over several targets: then nothing is done.
-  template <class Head>
-  __device__ __forceinline__ int least_with_fold(Head& head, unsigned long long key, int slot) {
-    const int victim = p_.team.least(key, slot, p_.now & 1).slot;
-    if (victim < 0) return -1;
-    if (p_.warp == row_writer) {
-      const int c = 8 * static_cast<int>(threadIdx.x % 32);
-      const auto rows_of = [&](int s) { return detail::SlotRows<8>::of(p_.unit, args_.trace, Dtype::bfloat16, s, c); };
-      const auto gone = rows_of(victim);
-      __syncwarp();  // or the compiler puts these reads off
-      Fold plan = p_.policy.on_merge(head, victim);
-      if (plan.spread == 1 && !detail::plan_can_be(p_, plan, victim)) plan.target = -1;
-      if (threadIdx.x % 32 == 0) p_.fixed.plan = plan;
-      if (const int target = plan.target; target >= 0 && plan.spread == 1) {
-        const auto own = rows_of(target);
-        const auto only = [&](int, int& v) -> const Fold& { return v = victim, plan; };
-        const FoldTarget sum = detail::sum_of<false, false>(p_, target, 1, only);
-        detail::RowsMoved moved;
-        detail::write_channels<8, true>(p_, head, target, 1, sum, only, c, own, {victim, gone, plan.key, plan.value},
-                                        moved, folded());
-        if (threadIdx.x % 32 == 0) detail::book_rows(p_, target, sum, moved);
-        if constexpr (copies_boxes) written_to_device();
-      }
-    }
-    __syncthreads();
-    return p_.fixed.plan.spread == 1 ? victim : -1;
-  }
-
   /// The clerk's warp waits until others have closed the gap that a slot left.
   __device__ void await_gap() const {
     if (gap_open_) p_.row.stream.gates.pass(Gate::gap_closed);
@@ -305,8 +263,8 @@ class StepRow : protected StepLook<P, width> {
   /// A token's inputs; its numbers are there. The first warps have more to measure, so the last ones begin.
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
-    if (streamed() && p_.warp >= first_server)
-      inputs().fetch(token, numbers.measured, numbers.row, team_warps - 1 - p_.warp, team_warps - first_server);
+    if (streamed() && p_.warp >= first_server && p_.warp < first_server + fetchers)
+      inputs().fetch(token, numbers.measured, numbers.row, first_server + fetchers - 1 - p_.warp, fetchers);
   }
   /// Fixed::coming of a token, by one thread.
   __device__ void fetch_numbers(int token) const {
@@ -340,12 +298,20 @@ class StepRow : protected StepLook<P, width> {
                                                   measured_token_, inputs().value(measured_token_), p_.row);
         const float* const full_output =
             inputs().full_output(measured_token_, min(g, args_.trace.group - 1), measured_);
+        std::conditional_t<folds_late, LateShare, NoLateShare> lacks;
+        if constexpr (folds_late) lacks = this->late_share(min(g, args_.trace.group - 1), measured_token_);
         if constexpr (apart)
-          measure_half_apart(p_.fixed, args_.trace, head, output, full_output);
+          measure_half_apart(p_.fixed, args_.trace, head, output, lacks, full_output);
         else
-          measure_half(p_.fixed, args_.trace, head, output, full_output);
+          measure_half(p_.fixed, args_.trace, head, output, lacks, full_output);
       }
     }
+  }
+  /// What the warps that do not stream do after a step's row, where they may part from the others.
+  __device__ __forceinline__ void look_back(int token) {
+    measure_row<false>();
+    measured_ = -1;
+    serve(token);
   }
   /// measure_row() now, before something else attends. Gives a barrier when it has to.
   __device__ void settle_measure() {

@@ -23,7 +23,7 @@ class Steps : StepRow<P, width, tile> {
   __device__ void run() {
     begin();
     for (int token = args_.first; token < args_.last; token = p_.now + 1) {
-      begin_step(token, args_.block + token - args_.first);
+      begin_step(token);
       ++p_.size;
       take(token, token + 1 < args_.last || args_.last_compresses);
     }
@@ -37,9 +37,9 @@ class Steps : StepRow<P, width, tile> {
   using Played = Player<P, (width > 0)>;
   using Row::absolute, Row::args_, Row::asks_for_mass, Row::attend_again, Row::await_gap, Row::begin, Row::begin_step,
       Row::bias_, Row::bias_moved_, Row::gap_open_, Row::end, Row::fetch_ahead, Row::first_server, Row::future_mass,
-      Row::has_row_hooks, Row::inputs, Row::links, Row::look_around, Row::looks_for_probe, Row::mass, Row::may_part,
-      Row::parts, Row::measure_row, Row::merges, Row::measured_, Row::measured_token_, Row::own_look_, Row::p_,
-      Row::pass, Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::settle_measure,
+      Row::has_row_hooks, Row::inputs, Row::links, Row::look_around, Row::look_back, Row::looks_for_probe, Row::mass,
+      Row::may_part, Row::parts, Row::measure_row, Row::merges, Row::measured_, Row::measured_token_, Row::own_look_,
+      Row::p_, Row::pass, Row::prepare, Row::prepares_, Row::probes, Row::row_of_, Row::serve, Row::settle_measure,
       Row::start_clock, Row::stop_clock, Row::stream_tile, Row::streams_now, Row::vector_moved, Row::vector_moves,
       Row::watches;
 
@@ -56,11 +56,12 @@ class Steps : StepRow<P, width, tile> {
     bias_moved_ = detail::declares_log_bias<P> && observes;  // on_attention may change what biases say
     start_clock();
     if (prepares) {
+      if constexpr (Row::folds_late) this->land_at_once(token);
       if (future_mass()) settle_measure();
       if (p_.is_clerk_warp()) await_gap();
       gap_open_ = false;
       Ring ring = p_.ring;
-      prepare(args_, p_.fixed, p_.policy, p_.size, token, p_.block, attends, due, looks, width > 0 ? nullptr : &ring);
+      prepare(args_, p_.fixed, p_.policy, p_.size, token, attends, due, looks, width > 0 ? nullptr : &ring);
       if constexpr (width == 0) p_.ring = ring;
       own_look_ = own_look_ || attends;
       if (!attends) vector_moves();
@@ -100,30 +101,32 @@ class Steps : StepRow<P, width, tile> {
   /// fetch inputs and keep the books. Returns whether a slot went.
   __device__ __forceinline__ bool decide(int token, bool observes) {
     const int victim = rank_slots<true>(token, observes);
+    begin_step(same_in_warp(p_.now)), token = p_.now;  // as after a row
     placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
-    const int target = victim >= 0 && merges() ? p_.fixed.plan.target : -1;
     if (streams_now()) {
-      const bool folds_newest = target >= 0 && target == p_.size - 1;
-      if (target >= 0 && !folds_newest && p_.streams_slot(target, stream_tile()))
-        p_.patch(target, this->folded().key, this->folded().value, stream_tile());
-      if (victim >= 0) this->take_place(victim, token, folds_newest);
+      if (victim >= 0) this->take_place(victim, token);
       return victim >= 0;
     }
+    if constexpr (Row::folds_late)
+      if (merges() && victim >= 0) this->join(victim);
     if constexpr (!has_row_hooks) look_back(token);
-    if (victim >= 0) take_out(victim, target);
+    if (victim >= 0) take_out(victim);
     if constexpr (has_row_hooks) look_back(token);
     if (victim >= 0) --p_.size;
     return victim >= 0;
   }
   /// What the warps that do not stream do for a slot that goes. Hooks of rows go first: the clerk has no part in closing the gap,
   /// and awaits that it is closed when he comes to the next token's books.
-  __device__ __forceinline__ void take_out(int victim, int target) {
+  __device__ __forceinline__ void take_out(int victim) {
     constexpr int first = 32 * first_server;
-    const int thread = static_cast<int>(threadIdx.x) - first, gap = placeless_ ? -1 : p_.unit.rank[victim];
     if (has_row_hooks && p_.is_clerk_warp()) {
       if constexpr (detail::declares_on_evict<P>) this->evict_hook(victim);
       p_.row.stream.gates.arrive(Gate::serving);
+    } else if (Row::folds_late && merges()) {
+      if (p_.warp == Row::gap_closer) this->leave_order(victim);
+      if (p_.is_clerk_warp()) p_.row.stream.gates.pass(Gate::planned);
     } else if (!placeless_) {
+      const int thread = static_cast<int>(threadIdx.x) - first, gap = p_.unit.rank[victim];
       p_.row.stream.gates.pass(Gate::serving);
       p_.close_gap(victim, gap, thread, team_threads - first);
       if constexpr (has_row_hooks)
@@ -132,21 +135,15 @@ class Steps : StepRow<P, width, tile> {
         p_.row.stream.gates.pass(Gate::serving);
     }
     if (p_.is_clerk()) {
-      if (target >= 0)
+      const bool folds = Row::folds_late && merges() && p_.fixed.plan.target >= 0;
+      if (folds)
         book_fold(p_, p_.fixed.plan, victim);
       else
         ++p_.progress.evictions;
-      ++p_.progress.compressions, p_.book_removal(victim, target >= 0);
+      ++p_.progress.compressions, p_.book_removal(victim, folds);
     }
     gap_open_ = has_row_hooks;
   }
-  /// What the warps that do not stream do after a step's row, where they may part from the others.
-  __device__ __forceinline__ void look_back(int token) {
-    this->template measure_row<false>();
-    measured_ = -1;
-    serve(token);
-  }
-
   /// What a step has come to that does not end as most do, with one slot evicted by its score.
   struct Course {
     int m;
@@ -155,6 +152,7 @@ class Steps : StepRow<P, width, tile> {
   /// The rest of such a step. Works on a copy, so that what the others hold can stay in registers, and is out of their way.
   static __device__ __noinline__ void go_on(Steps& s, int token, Course course) {
     s.end_otherwise(token, course);
+    if constexpr (Row::folds_late) s.none_is_late();
     if (may_part && !s.streams_now()) s.fetch_ahead(token);  // again: other rows' queries may have taken their place
   }
   __device__ void end_otherwise(int token, const Course& course) {
@@ -350,8 +348,8 @@ class Steps : StepRow<P, width, tile> {
       each_sum_over_heads(p_.fixed, buffer, p_.size, [&](int s, float score) { rank(s, score, slots.token[s], true); });
     }
     if constexpr (parted && detail::declares_on_evict<P>) return this->least_with_rows(mine, slot);
-    if constexpr (parted && detail::declares_on_merge<P>)
-      if (merges()) return this->least_with_fold(head, mine, slot);
+    if constexpr (parted && Row::folds_late)
+      if (merges()) return this->least_with_value(mine, slot);
     return p_.team.least(mine, slot, p_.now & 1).slot;
   }
 

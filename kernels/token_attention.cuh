@@ -13,8 +13,10 @@ struct RowMemory {
   // What comes with a token, for input_buffers tokens in turn: its key and value, and the group's full outputs.
   std::uint16_t *key, *value;                            // [input_buffers][width]
   float* full;                                           // [input_buffers][group][value_dim]
-  float* output;                                         // [group][value_dim]
+  float* output;                                         // [output_rows][value_dim]
   float* log_sum;                                        // [group] log-sum-exps
+  int late;                                              // the slot whose value a row does not know yet, or -1
+  float late_weight[stream_heads];                       // its probability in that row
   alignas(8) float log_sums[team_warps * stream_heads];  // every warp's own copy, to 2^-21
   SoftmaxPart whole[stream_heads];                       // what the log-sum-exps of a streamed row are of
   float* probabilities;  // [group][logit_stride] in device memory, for rows that are not streamed
@@ -54,13 +56,14 @@ __device__ inline void carve_row(RowMemory& row, char* memory, bool streamed, in
     row.stream.partial = reinterpret_cast<float*>(take(2 * stream_warps * group * stream_pitch(width) * 4));
     row.full = reinterpret_cast<float*>(take(input_buffers * group * value_dim * 4));
   }
-  row.output = reinterpret_cast<float*>(take(group * value_dim * 4));
+  row.output = reinterpret_cast<float*>(take(output_rows(group) * value_dim * 4));
   row.log_sum = reinterpret_cast<float*>(take(group * 4));
 }
 
-/// What there is before the first row: no log-sum-exps, and of the parts that nobody leaves nothing, but for the sink's (`sink` is
+/// What there is before the first row: no late fold, no log-sum-exps, and of the parts that nobody leaves nothing, but for the sink's (`sink` is
 /// [group] or null). All threads; a barrier must follow.
 __device__ inline void clear_parts(RowMemory& row, const float* sink, int group) {
+  if (threadIdx.x == 0) row.late = -1;
   for (int i = static_cast<int>(threadIdx.x); i < team_warps * stream_heads; i += team_threads)
     row.log_sums[i] = -INFINITY;
   for (int i = static_cast<int>(threadIdx.x); i < stream_warps * stream_heads; i += team_threads)
@@ -277,13 +280,10 @@ struct TokenAttention {
         };
 #pragma unroll
         for (int w = 0; w < stream_warps; ++w) of_warp[w] = *reinterpret_cast<const float4*>(part + w * step + c);
-        const uint2 words = *reinterpret_cast<const uint2*>(newest_value + c);
+        const float4 newest = load_four(newest_value, elements, c);
 #pragma unroll
         for (int w = 0; w < stream_warps; ++w) add(weight[w], of_warp[w]);
-        add(weight[stream_warps], {widen(elements, static_cast<std::uint16_t>(words.x)),
-                                   widen(elements, static_cast<std::uint16_t>(words.x >> 16)),
-                                   widen(elements, static_cast<std::uint16_t>(words.y)),
-                                   widen(elements, static_cast<std::uint16_t>(words.y >> 16))});
+        add(weight[stream_warps], newest);
         f(c, o);
       }
     }

@@ -25,6 +25,7 @@
 //     void  on_evict(auto row, auto& head, int slot) const              a slot is about to go
 //   merging
 //     Fold  on_merge(auto& head, int victim) const                      a pure plan; Fold{} drops the victim
+//     ValueFold on_merge(...)                                           the same where keys stay: nobody waits for it
 //     void  on_target(auto& head, int target, FoldTarget& sum) const    all that joins one slot: other divisors
 //     float key_weight(auto& head, int slot, int channel) const         in place of Fold::key and own_key
 //     void  on_fold(Slot& into, const Slot& from, const Fold& plan) const   state joins after the rows were folded
@@ -90,6 +91,12 @@ KV_DECLARES(on_target)
 KV_DECLARES(key_weight)
 KV_DECLARES(describe)
 #undef KV_DECLARES
+
+/// Whether P's plans say by their type that keys stay.
+template <class P, class Head>
+constexpr bool folds_values = requires(const P& p, Head& head) {
+  { p.on_merge(head, 0) } -> std::same_as<ValueFold>;
+};
 
 /// One line for each thing that can be wrong with a policy. Returns true so that registration can depend on it.
 template <class P>
@@ -161,9 +168,10 @@ constexpr bool check_policy() {
         "on_evict must be: void on_evict(auto row, auto& head, int slot) const");
   if constexpr (declares_on_merge<P>)
     static_assert(
-        requires(const P& p, Head& head) {
-          { p.on_merge(head, 0) } -> std::same_as<Fold>;
-        },
+        folds_values<P, Head> ||
+            requires(const P& p, Head& head) {
+              { p.on_merge(head, 0) } -> std::same_as<Fold>;
+            },
         "on_merge must be: kv::Fold on_merge(auto& head, int victim) const");
   if constexpr (declares_on_fold<P>)
     static_assert(

@@ -29,12 +29,12 @@ struct WeightedKV : kv::Policy {
     const int recent = slot.budget() - sinks - kv::share_of(managed, slot.budget());
     return slot.recent(recent > 1 ? recent : 1) ? kv::protect : slot.state.mass / static_cast<float>(slot.age() + 1);
   }
-  KV_HD kv::Fold on_merge(auto& head, int victim) const {
+  KV_HD kv::ValueFold on_merge(auto& head, int victim) const {
     const int to = head.next(victim);
     if (to < 0) return {};
     const float a = average(head, victim), b = average(head, to);
-    return a + b > 0 ? kv::Fold{.target = to, .value = a, .own_value = b}
-                     : kv::Fold{.target = to, .value = 1, .own_value = 1};
+    return a + b > 0 ? kv::ValueFold{.target = to, .value = a, .own_value = b}
+                     : kv::ValueFold{.target = to, .value = 1, .own_value = 1};
   }
 
  private:
