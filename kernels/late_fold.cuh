@@ -21,7 +21,8 @@ struct LateShare {
   LateValue value;
   /// Of four neighbouring channels.
   __device__ void add_to(int c, float4& output) const {
-    const float4 before = load_four(value.before, Dtype::bfloat16, c), after = load_four(value.after, Dtype::bfloat16, c);
+    const float4 before = load_four(value.before, Dtype::bfloat16, c),
+                 after = load_four(value.after, Dtype::bfloat16, c);
     const auto add = [&](float& to, float from, float into) {  // where nothing was late these may be no numbers
       const float sum = __fmaf_rn(weight, into - from, to);
       to = weight == 0 ? to : sum;
@@ -62,12 +63,12 @@ class LateFold : protected StepLook<P, width> {
  public:
   using Base::Base;
   /// Whether a step's fold can wait for the next row.
-  static constexpr bool folds_late =
-      Base::may_part && !Base::has_row_hooks && detail::declares_on_attention<P> && leaves_in_fold<P> &&
-      detail::folds_values<P, typename Player<P, Base::plain>::Head>;
-  /// Who then has least to do besides: one warp folds, the clerk's fetches inputs and books, of the others, which measure, one closes
-  /// the gap.
-  static constexpr int fetchers = folds_late ? 1 : team_warps - Base::first_server;
+  static constexpr bool folds_late = Base::may_part && !Base::has_row_hooks && detail::declares_on_attention<P> &&
+                                     leaves_in_fold<P> &&
+                                     detail::folds_values<P, typename Player<P, Base::plain>::Head>;
+  /// Who then has least to do besides: the clerk's warp and the one that folds fetch inputs, of the others, which measure, one closes
+  /// the gap and one looks at the newest slot.
+  static constexpr int fetchers = folds_late ? 2 : team_warps - Base::first_server;
   static constexpr int gap_closer = Base::row_writer - 2;
   static constexpr int newest_reader = folds_late ? Base::row_writer - 1 : Base::row_writer;
 
@@ -77,6 +78,12 @@ class LateFold : protected StepLook<P, width> {
   using Base::p_;
   using Base::row_writer;
   using Base::streams_now;
+
+  /// Which of those that fetch this warp is, or -1. The first warps have more to measure, so the last ones begin.
+  __device__ int fetcher() const {
+    if (p_.warp < Base::first_server) return -1;
+    return !folds_late ? team_warps - 1 - p_.warp : p_.warp == row_writer ? 0 : p_.is_clerk_warp() ? 1 : -1;
+  }
 
   /// As BlockTeam::least, and the slot's value is kept for join(): each warp begins to read that of its own best slot before it is
   /// known whose is the least.
@@ -120,7 +127,8 @@ class LateFold : protected StepLook<P, width> {
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < ahead; ++k) {
-        const int place = first + 32 * k, theirs = place == last ? victim : slot[k];  // whose place the newest slot takes
+        const int place = first + 32 * k,
+                  theirs = place == last ? victim : slot[k];  // whose place the newest slot takes
         if (place <= last) order[place - 1] = theirs, rank[theirs] = place - 1;
       }
       __syncwarp();
@@ -180,7 +188,8 @@ class LateFold : protected StepLook<P, width> {
       if constexpr (copies_boxes) written_to_device();
     } else {
       const bool there = lane >= 16 && lane - 16 < pieces;  // the other lanes are of the key
-      TileRing::patch(shared_address(p_.row.stream.ring), p_.ring, width, tile, late, there ? row[lane - 16] : uint4{}, there);
+      TileRing::patch(shared_address(p_.row.stream.ring), p_.ring, width, tile, late, there ? row[lane - 16] : uint4{},
+                      there);
     }
   }
 };

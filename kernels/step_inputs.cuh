@@ -37,8 +37,9 @@ struct StepInputs {
       if (lane < bytes / 16)
         copy_16(shared_address(to) + static_cast<unsigned>(lane) * 16, static_cast<const char*>(from) + lane * 16);
     };
+    static_assert(team_warps - stream_warps > 2);  // the first may have books to keep
     if (warp == 0) copy(const_cast<void*>(key(token)), key_in_memory(token), trace.key_dim * element);
-    if (warp == 1 % warps) copy(const_cast<void*>(value(token)), value_in_memory(token), trace.value_dim * element);
+    if (warp == 1) copy(const_cast<void*>(value(token)), value_in_memory(token), trace.value_dim * element);
     const int pitch = query_pitch(width);
     const bool has_queries = absolute && row >= 0;
     const int first_row = play.query_head(0) * play.layer.query_rows + row;

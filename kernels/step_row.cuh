@@ -12,7 +12,6 @@ class StepRow : protected LateFold<P, width, tile> {
  public:
   using Base::biased;
   using Base::fetchers;
-  using Base::first_server;
   using Base::folds_late;
   using Base::has_row_hooks;
   using Base::may_part;
@@ -37,6 +36,7 @@ class StepRow : protected LateFold<P, width, tile> {
   using Base::attention;
   using Base::begin_step;
   using Base::bias_;
+  using Base::fetcher;
   using Base::future_mass;
   using Base::inputs;
   using Base::land_after_row;
@@ -260,11 +260,10 @@ class StepRow : protected LateFold<P, width, tile> {
     if (threadIdx.x == team_threads - 32) fetch_numbers(coming + 1);
     close_copies();
   }
-  /// A token's inputs; its numbers are there. The first warps have more to measure, so the last ones begin.
+  /// A token's inputs; its numbers are there.
   __device__ void fetch(int token) const {
     const auto& numbers = p_.fixed.coming[token % 4];
-    if (streamed() && p_.warp >= first_server && p_.warp < first_server + fetchers)
-      inputs().fetch(token, numbers.measured, numbers.row, first_server + fetchers - 1 - p_.warp, fetchers);
+    if (streamed() && fetcher() >= 0) inputs().fetch(token, numbers.measured, numbers.row, fetcher(), fetchers);
   }
   /// Fixed::coming of a token, by one thread.
   __device__ void fetch_numbers(int token) const {

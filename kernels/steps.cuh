@@ -77,7 +77,7 @@ class Steps : StepRow<P, width, tile> {
     }
     const bool masses = m >= 0 && asks_for_mass(), falls_due = due && compresses;
     const bool ranks = attends && falls_due && !masses && evicts_one();
-    bool ranked = ranks && (!may_part || (together() ? !p_.traits().window_past : parts()));
+    const bool ranked = same_in_warp(ranks && (!may_part || (together() ? !p_.traits().window_past : parts())));
     if (may_part && !together()) {
       if (ranked && decide(token, observes)) return;
     } else if (ranked) {
