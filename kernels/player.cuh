@@ -18,9 +18,6 @@ struct Player : Play {
   using HeadState = typename P::HeadState;
   using Head = HeadView<Slot, HeadState, Scratch, std::conditional_t<plain, PlainRow, DeviceRow>>;
 
-  /// Whether rings learn what single folds write: where steps leave folds of values to the next row, others are rare (late_fold.cuh).
-  static constexpr bool folds_into_rings = detail::declares_on_merge<P> && !(plain && detail::folds_values<P, Head>);
-
   const P& policy;           // in shared memory; loops over slots take a copy
   bool probe_known = false;  // head.probe() of every slot, from the row just attended
 
@@ -370,8 +367,8 @@ struct Player : Play {
   /// The same, and rings know of it. Returns the target, as fold_one().
   __device__ int fold_apart(int victim, int gap, int rows = 1) {
     const int target = fold_victim(fixed, policy, size, now, phase, block, victim, gap, rows);
-    if (folds_into_rings && target >= 0) row_changed(target);
-    if ((!folds_into_rings && target >= 0) || target == many_targets) ring.running = false;
+    if (target >= 0) row_changed(target);
+    if (target == many_targets) ring.running = false;
     return target;
   }
 

@@ -101,7 +101,7 @@ class StepRow : protected LateFold<P, width, tile> {
                      p_.changed};
     const bool stays = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
-      const int stale = p_.folds_into_rings ? p_.stale : -1;  // only folds write rows of slots that stay
+      const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
       if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile()))
         p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
                  stream_tile());
