@@ -5,7 +5,7 @@
 // knows who goes; the newest row takes that place in memory, and in the tile that a warp holds for the next step. The
 // warps that stream go on with that one at once; the others measure, fetch inputs for the step after it and book who went. Where
 // hooks want more than slots, all go together, and measure and fetch under the next step's stream. What needs more - biases,
-// probes, rotations, merges - adds barriers.
+// probes, rotations, merges of keys - adds barriers.
 #pragma once
 #include "kernels/step_records.cuh"
 #include "kernels/step_row.cuh"
