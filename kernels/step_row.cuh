@@ -233,7 +233,8 @@ class StepRow : protected LateFold<P, width, tile> {
     const Traits traits = p_.traits();
     return (lags() || (!traits.key_probe && !detail::declares_on_evict<P>)) && !traits.window_past &&
            !traits.window_once && args_.trace.group <= loop_heads && !args_.timed &&
-           (folds_late ? traits.nearest == Nearest::none && traits.observation_window == 0 : !merges());
+           !(merges() &&
+             (!folds_late || traits.nearest != Nearest::none || traits.key_probe || traits.observation_window > 0));
   }
   /// The clerk's warp waits until others have closed the gap that a slot left.
   __device__ void await_gap() const {
