@@ -66,12 +66,6 @@ __device__ T& by_kept_address(T& object) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
-/// A number that the compiler knows nothing of: what follows from it is not made once for all turns of a loop, and kept on the stack.
-__device__ inline int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 __device__ inline void store_shared(uint32_t address, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");

@@ -113,7 +113,8 @@ class LateFold : protected StepLook<P, width> {
     p_.row.stream.gates.pass(Gate::value_kept);
     if (folds) fold_late(p_, plan, lane, own, late_value(p_.now + 1));
   }
-  /// It leaves the order once its target is known: tokens that came later move on. By one warp; the last slot is the clerk's to book.
+  /// It leaves the order once its target is known, as in Play::close_gap, but by one warp, which only touches tokens that came later:
+  /// the last slot is the clerk's to book.
   __device__ __forceinline__ void leave_order(int victim) const {
     constexpr int ahead = 4;
     int *const order = p_.unit.order, *const rank = p_.unit.rank;
@@ -181,7 +182,7 @@ class LateFold : protected StepLook<P, width> {
     const int late = p_.row.late;
     const bool writes = p_.warp == row_writer;
     if (late < 0 || !(writes || p_.streams_slot(late, tile))) return;
-    const int lane = opaque(lane_now()), pieces = value_pieces();
+    const int lane = lane_now(), pieces = value_pieces();
     const uint4* const row = late_value(token).after;
     if (writes) {
       if (lane < pieces) value_of(late)[lane] = row[lane];

@@ -119,7 +119,6 @@ void await_copies() {
   emulator::await_copies(pending);
 }
 
-inline int opaque(int x) { return x; }
 template <class T>
 T& by_kept_address(T& object) {
   return object;
