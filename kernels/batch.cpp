@@ -78,15 +78,21 @@ const int* Batch::device_rows(const std::vector<int>& rows) {
 void Batch::look(Launch launch, const std::vector<int>& rows, bool outputs, bool sums, TimedPhase phase) {
   launch.stage = Stage::look, launch.rows = device_rows(rows), launch.row_count = static_cast<int>(rows.size());
   launch.outputs = outputs, launch.sums = sums;
+  const Prefill& prefill = plan_.prefill;
+  if (launch.block == 0 && launch.first_round && !outputs && launch.newest_key >= rows.back() &&
+      prefill.first <= rows.front() && rows.back() < prefill.last)
+    launch.prefill = prefill;
   play(launch, phase);
   const AttentionBounds bounds{launch.unit_count, launch.row_count,
                                slots_bound_ + (launch.probing ? launch.last - launch.first : 0), outputs, !outputs};
   AttentionShape shape = trace_.shape();
   shape.fast = plan_.settings.precision == Precision::fast && !launch.probing;  // a probe's outputs decide what goes
-  if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(phase, stream_));
-  if (plan_.settings.positions != Positions::absolute) turn_look(span(), tasks_.data(), bounds, stream_);
-  block_attention(shape, tasks_.data(), bounds, stream_);
-  if (timing_ != Timing::none) prompt_timers_.back()->stop(stream_);
+  if (launch.prefill.rows() == 0) {
+    if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(phase, stream_));
+    if (plan_.settings.positions != Positions::absolute) turn_look(span(), tasks_.data(), bounds, stream_);
+    block_attention(shape, tasks_.data(), bounds, stream_);
+    if (timing_ != Timing::none) prompt_timers_.back()->stop(stream_);
+  }
   if (!sums) return;
   if (timing_ != Timing::none) prompt_timers_.push_back(std::make_unique<Timer>(TimedPhase::observe, stream_));
   if (program_->weighs(launch.window))

@@ -20,6 +20,7 @@ struct BatchPlan {
   bool has_wo = false;                                    // in any layer of the trace
   ReplaySettings settings;                                // of the first point; budget and seed are each unit's own
   int smallest_budget = 0, largest_budget = 0;            // over points and layers
+  Prefill prefill;                                        // what looks at the first block find known, or empty
 
   /// Whether two points can be in one batch.
   static bool alike(const DevicePoint& a, const DevicePoint& b);

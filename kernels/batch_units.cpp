@@ -29,6 +29,19 @@ int largest_block(const BatchPlan& plan) {
   return most;
 }
 
+/// BatchPlan::prefill. Outputs are made with log-sum-exps of their own; a bias may change what a row sees.
+Prefill prefill_of(const BatchPlan& plan) {
+  const BlockRange& block = plan.blocks.front();
+  if (block.phase != Phase::prompt || block.last - block.first == 1 || plan.biases ||
+      plan.settings.positions != Positions::absolute)
+    return {};
+  const Traits& traits = plan.traits;
+  const bool measured = !plan.settings.measured.empty() && plan.settings.measured.front() < block.last;
+  if (plan.observes && traits.observes_prompt && !measured) return {block.first, block.last};
+  if (!traits.compresses || traits.observation_window == 0 || traits.window_past) return {};
+  return {std::max(block.first, block.last - traits.observation_window), block.last};
+}
+
 /// A unit's arrays, in the order in which they lie in memory.
 void carve_unit(Unit& unit, Carver& carver, const TraceData& t, const BatchPlan& plan, const DeviceProgram& program) {
   const auto n = static_cast<std::size_t>(plan.capacity()), group = static_cast<std::size_t>(t.group),
@@ -111,6 +124,7 @@ BatchPlan::BatchPlan(const TraceHeader& header, const std::vector<DevicePoint>& 
     }
   if (settings.allocation.kind == Allocation::Kind::adaptive) largest_budget = header.tokens;
   if (!traits.needs_budget()) smallest_budget = 0, largest_budget = header.tokens;
+  prefill = prefill_of(*this);
 }
 
 int BatchPlan::capacity() const {

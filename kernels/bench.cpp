@@ -48,11 +48,11 @@ std::vector<double> time_batch(const std::string& work, const Synthetic& shape, 
   Upload upload;
   DeviceLayer layer(trace, session, 0, nullptr, upload);
   cudaStream_t stream = nullptr;
-  const std::vector<BatchLayer> all(static_cast<std::size_t>(copies),
-                                    {layer.measured(trace, settings.measured, stream), nullptr});
   const DevicePoint point{&entry, &policy, &settings};
   const std::vector<DevicePoint> equal(static_cast<std::size_t>(points), point);
   const BatchPlan plan(header, equal);
+  const std::vector<BatchLayer> all(static_cast<std::size_t>(copies),
+                                    {layer.seen(trace, settings.measured, plan.prefill, stream), nullptr});
   Batch batch(trace, header, plan, equal, all, 0, Timing::launches);
   std::vector<double> times;
   for (int repeat = 0; repeat <= repeats; ++repeat) {
@@ -114,8 +114,8 @@ BenchRow time_slimmer(const BenchPeers& peers) {
                 "32 layers; attention, probe, proxy, merge");
 }
 
-/// SnapKV's compression of a long prompt: window, votes, selection, rows moved. The heads of all layers as 256 layers of one
-/// head.
+/// SnapKV's compression of a long prompt, whose log-sum-exps are known: votes, selection, rows moved. The heads of all layers as
+/// 256 layers of one head.
 BenchRow time_snapkv(const Bandwidth& rates) {
   constexpr int tokens = 32768, kept = 1024, heads = layers * 8;
   const PolicyEntry& entry = find_policy("snapkv");
@@ -135,7 +135,7 @@ BenchRow time_snapkv(const Bandwidth& rates) {
   const double row = 2.0 * shape.head_dim;
   return row_of(snapkv_work, "K read once + kept rows moved", us,
                 heads * (tokens * row / rates.read + 2 * kept * 2 * row / rates.copy) * 1e6, 3, 2,
-                "window of 64, 1024 kept");
+                "window of 64, 1024 kept; log-sum-exps are the prefill's");
 }
 
 /// Full attention and column sums of 16k tokens of one layer.
@@ -151,7 +151,7 @@ std::vector<BenchRow> time_attention(const BenchPeers& peers) {
   Upload upload;
   DeviceLayer layer(trace, session, 0, nullptr, upload);
   const std::vector<int> every = parse_measure("all", tokens, tokens - 1);
-  const FullLook look = layer.full_look(trace, every, true);
+  const FullLook look = layer.full_look(trace, every, true, true);
   const auto attend = [&] { block_attention(trace.shape(), look.tasks.data(), look.bounds, nullptr); };
   const auto add_up = [&] { column_masses(trace.shape(), look.tasks.data(), look.bounds, nullptr); };
   const Buffer<char> other(4 * l2_bytes());

@@ -133,16 +133,26 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, const Session& session, int i
   upload.wait();
 }
 
-LayerData DeviceLayer::measured(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream) {
-  auto found = full_.find(tokens);
-  if (found == full_.end()) {
-    FullLook look = full_look(trace, tokens, false);
+LayerData DeviceLayer::seen(const DeviceTrace& trace, const std::vector<int>& measured, Prefill prefill,
+                            cudaStream_t stream) {
+  const auto attend = [&](const std::vector<int>& tokens, bool outputs) {
+    FullLook look = full_look(trace, tokens, outputs, false);
     block_attention(trace.shape(), look.tasks.data(), look.bounds, stream);
     KV_CUDA_TRY(cudaStreamSynchronize(stream));
-    found = full_.emplace(tokens, FullAttention{std::move(look.output), std::move(look.lse)}).first;
+    return look;
+  };
+  if (!full_.contains(measured)) {
+    FullLook look = attend(measured, true);
+    full_.emplace(measured, FullAttention{std::move(look.output), std::move(look.lse)});
+  }
+  if (prefill.rows() > 0 && !prefill_lse_.contains(prefill)) {
+    std::vector<int> tokens(static_cast<std::size_t>(prefill.rows()));
+    std::iota(tokens.begin(), tokens.end(), prefill.first);
+    prefill_lse_.emplace(prefill, attend(tokens, false).lse);
   }
   LayerData data = data_;
-  data.full_output = found->second.output.data(), data.full_lse = found->second.lse.data();
+  data.full_output = full_.at(measured).output.data(), data.full_lse = full_.at(measured).lse.data();
+  if (prefill.rows() > 0) data.prefill_lse = prefill_lse_.at(prefill).data();
   return data;
 }
 
@@ -172,7 +182,7 @@ void DeviceLayer::read_outputs(const Session& session, int index, const std::vec
 }
 
 void DeviceLayer::add_floor(const DeviceTrace& trace, int index, ReplayResult& floor, cudaStream_t stream) {
-  measured(trace, floor.measured, stream);
+  seen(trace, floor.measured, {}, stream);
   const std::vector<float> full = full_.at(floor.measured).output.to_host(), &recorded = outputs_.at(floor.measured);
   const std::size_t rows = floor.measured.size();
   const auto heads = static_cast<std::size_t>(floor.query_heads), group = static_cast<std::size_t>(trace.data.group),
@@ -186,7 +196,8 @@ void DeviceLayer::add_floor(const DeviceTrace& trace, int index, ReplayResult& f
     }
 }
 
-FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool sums) const {
+FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool outputs,
+                                bool sums) const {
   const TraceData& t = trace.data;
   const auto rows = tokens.size(), heads = static_cast<std::size_t>(t.kv_heads),
              group = static_cast<std::size_t>(t.group), dv = static_cast<std::size_t>(t.value_dim),
@@ -196,7 +207,8 @@ FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>
   FullLook look;
   look.token = Buffer<int>(first_integers(all)), look.query_row = Buffer<int>(query_row),
   look.query_token = Buffer<int>(tokens);
-  look.output = Buffer<float>(heads * rows * group * dv), look.lse = Buffer<float>(heads * rows * group);
+  if (outputs) look.output = Buffer<float>(heads * rows * group * dv);
+  look.lse = Buffer<float>(heads * rows * group);
   if (sums) look.sums = Buffer<float>(heads * all * group);
   const auto row_of = [&](const void* base, std::size_t row, int dim) {
     return static_cast<const char*>(base) + row * static_cast<std::size_t>(dim) * element;
@@ -210,16 +222,17 @@ FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>
     task.queries = row_of(data_.q_rotated, h * group * static_cast<std::size_t>(data_.query_rows), t.key_dim);
     task.query_row = look.query_row.data(), task.query_token = look.query_token.data();
     task.query_stride = data_.query_rows;
-    task.output = look.output.data() + h * rows * group * dv, task.lse = look.lse.data() + h * rows * group;
+    if (outputs) task.output = look.output.data() + h * rows * group * dv;
+    task.lse = look.lse.data() + h * rows * group;
     if (sums) task.sums = look.sums.data() + h * all * group;
     task.slots = t.tokens, task.rows = static_cast<int>(rows), task.window = data_.window;
   }
   look.tasks = Buffer<AttentionTask>(tasks);
-  look.bounds = {t.kv_heads, static_cast<int>(rows), t.tokens};
+  look.bounds = {t.kv_heads, static_cast<int>(rows), t.tokens, outputs, !outputs};
   return look;
 }
 
-std::size_t DeviceLayer::bytes(const TraceHeader& header, int layer, Dtype elements, std::size_t measured) {
+std::size_t DeviceLayer::bytes(const TraceHeader& header, int layer, Dtype elements, const FullRows& full) {
   const ModelInfo& m = header.model;
   const LayerInfo& info = header.layers[static_cast<std::size_t>(layer)];
   const std::size_t rows = info.q_index.empty() ? static_cast<std::size_t>(header.tokens) : info.q_index.size();
@@ -227,7 +240,7 @@ std::size_t DeviceLayer::bytes(const TraceHeader& header, int layer, Dtype eleme
              dv = static_cast<std::size_t>(m.value_dim), kv = static_cast<std::size_t>(m.kv_heads),
              tokens = static_cast<std::size_t>(header.tokens), copies = turns(header, info) ? std::size_t{2} : 1;
   std::size_t bytes = (copies * (heads * rows + kv * tokens) * d + kv * tokens * dv) * size_of(elements);
-  bytes += 2 * tokens * 4 + rows * 4 + heads * measured * (dv + 1) * 4 + kv * tokens * 4;
+  bytes += 2 * tokens * 4 + rows * 4 + heads * (full.measured * (dv + 1) + full.prefilled) * 4 + kv * tokens * 4;
   if (info.has_wo) bytes += static_cast<std::size_t>(m.hidden_size) * heads * dv * 4;
   if (info.has_e) bytes += heads * rows * dv * 4;
   return bytes + (std::size_t{16} << 20);  // what allocations are rounded up by

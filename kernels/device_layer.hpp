@@ -37,9 +37,14 @@ struct DeviceTrace {
 struct FullLook {
   Buffer<int> token, query_row, query_token;
   Buffer<AttentionTask> tasks;  // [kv_heads]
-  Buffer<float> output, lse,
-      sums;  // [kv_heads][rows][group][value_dim], [kv_heads][rows][group], [kv_heads][tokens][group]
+  // [kv_heads][rows][group][value_dim], [kv_heads][rows][group], [kv_heads][tokens][group]; the first and last where asked for
+  Buffer<float> output, lse, sums;
   AttentionBounds bounds;
+};
+
+/// Queries of which a layer keeps full attention, or its log-sum-exps only.
+struct FullRows {
+  std::size_t measured = 0, prefilled = 0;
 };
 
 /// One layer's tensors and, for each list of measured queries, full attention.
@@ -49,8 +54,9 @@ class DeviceLayer {
   DeviceLayer(const DeviceTrace& trace, const Session& session, int layer, const std::vector<float>* norms,
               Upload& upload);
 
-  /// The layer for kernels, with full attention of these tokens' queries: computed at the first call and kept.
-  LayerData measured(const DeviceTrace& trace, const std::vector<int>& tokens, cudaStream_t stream);
+  /// The layer for kernels, with full attention of the measured tokens' queries and the log-sum-exps of a prefill's: computed at
+  /// the first call and kept.
+  LayerData seen(const DeviceTrace& trace, const std::vector<int>& measured, Prefill prefill, cudaStream_t stream);
 
   /// Reads the model's own outputs of these lists of tokens' queries, for add_floor. The layer has `o`.
   void read_outputs(const Session& session, int layer, const std::vector<std::vector<int>>& lists);
@@ -58,13 +64,13 @@ class DeviceLayer {
   /// Full attention of floor.measured against what read_outputs read: the error fields of layer `layer`. Throws CudaError.
   void add_floor(const DeviceTrace& trace, int layer, ReplayResult& floor, cudaStream_t stream);
 
-  /// `sums`: with room for column sums.
-  FullLook full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool sums) const;
+  /// `outputs`: with outputs beside log-sum-exps; `sums`: with room for column sums.
+  FullLook full_look(const DeviceTrace& trace, const std::vector<int>& tokens, bool outputs, bool sums) const;
 
   const float* wo() const { return wo_; }  // [hidden][query_heads * value_dim]
 
-  /// Bytes of device memory that a layer takes, full attention of `measured` queries included.
-  static std::size_t bytes(const TraceHeader& header, int layer, Dtype elements, std::size_t measured);
+  /// Bytes of device memory that a layer takes, full attention of so many rows included.
+  static std::size_t bytes(const TraceHeader& header, int layer, Dtype elements, const FullRows& rows);
 
  private:
   template <class T>
@@ -78,6 +84,7 @@ class DeviceLayer {
   Buffer<TileMaps> maps_;
   const float* wo_ = nullptr;
   std::map<std::vector<int>, FullAttention> full_;
+  std::map<Prefill, Buffer<float>> prefill_lse_;
   std::map<std::vector<int>, std::vector<float>> outputs_;  // recorded: [kv_heads][rows][group][value_dim]
   LayerData data_;
   std::vector<int> row_of_token_;

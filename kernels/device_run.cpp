@@ -132,16 +132,18 @@ class DeviceRun {
   std::size_t least_bytes(std::span<const Group> groups) const {
     std::size_t largest = 0;
     for (const Group& group : groups) largest = std::max(largest, point_bytes(group));
-    return trace_.bytes() + largest_layer(measured_by(groups)) + largest;
+    return trace_.bytes() + largest_layer(full_rows(groups)) + largest;
   }
 
   /// Queries of which a layer keeps full attention for these groups: each list of them once.
-  static std::size_t measured_by(std::span<const Group> groups) {
+  static FullRows full_rows(std::span<const Group> groups) {
     std::set<std::vector<int>> lists;
-    for (const Group& group : groups) lists.insert(group.plan.settings.measured);
-    std::size_t sum = 0;
-    for (const std::vector<int>& list : lists) sum += list.size();
-    return sum;
+    std::set<Prefill> prefills;
+    for (const Group& group : groups) lists.insert(group.plan.settings.measured), prefills.insert(group.plan.prefill);
+    FullRows rows;
+    for (const std::vector<int>& list : lists) rows.measured += list.size();
+    for (const Prefill& prefill : prefills) rows.prefilled += static_cast<std::size_t>(prefill.rows());
+    return rows;
   }
 
   /// The first of the groups that wait, and those that fit beside it: what they measure of a layer is there together.
@@ -170,10 +172,10 @@ class DeviceRun {
     }
   }
 
-  std::size_t largest_layer(std::size_t measured) const {  // bytes
+  std::size_t largest_layer(const FullRows& rows) const {  // bytes
     std::size_t most = 0;
     for (std::size_t l = 0; l < header_.layers.size(); ++l)
-      most = std::max(most, DeviceLayer::bytes(header_, static_cast<int>(l), trace_.data.elements, measured));
+      most = std::max(most, DeviceLayer::bytes(header_, static_cast<int>(l), trace_.data.elements, rows));
     return most;
   }
 
@@ -198,7 +200,7 @@ class DeviceRun {
       points += group.points.size();
       for (const PointState* state : group.points) timed = timed || state->point.settings->timing_repeats > 0;
     }
-    layer_bytes_ = largest_layer(measured_by(groups_));
+    layer_bytes_ = largest_layer(full_rows(groups_));
     const bool ahead = !timed && memory_ >= 2 * layer_bytes_ + largest;
     std::size_t fit = memory_ / ((ahead ? 2 : 1) * layer_bytes_ + largest);
     if (ahead) {
@@ -232,7 +234,7 @@ class DeviceRun {
   std::vector<BatchLayer> layers_for(const Group& group, cudaStream_t stream) {
     std::vector<BatchLayer> all;
     for (const auto& layer : layers_)
-      all.push_back({layer->measured(trace_, group.plan.settings.measured, stream), layer->wo()});
+      all.push_back({layer->seen(trace_, group.plan.settings.measured, group.plan.prefill, stream), layer->wo()});
     return all;
   }
 

@@ -27,6 +27,14 @@ struct TraceData {
   const int* position = nullptr;  // [tokens]
 };
 
+/// Tokens [first, last) of a prompt's first block whose queries look at a cache that still holds every token before them: their
+/// log-sum-exps are those of full attention, which a prefill keeps.
+struct Prefill {
+  int first = 0, last = 0;
+  int rows() const { return last - first; }
+  auto operator<=>(const Prefill&) const = default;
+};
+
 /// Arrays of rows, for streams by tiles of one size. `rotated` is used where rows of a cache turn to their places.
 struct TileMaps {
   TileMap keys{}, rotated{}, values{};
@@ -44,6 +52,7 @@ struct LayerData {
   const float* norms = nullptr;                           // [kv_heads][tokens] output norms, for policies that ask
   const float* full_output = nullptr;                     // [kv_heads][measured][group][value_dim]
   const float* full_lse = nullptr;                        // [kv_heads][measured][group]
+  const float* prefill_lse = nullptr;                     // [kv_heads][prefill rows][group] of the launch's batch
   const TileMaps* maps = nullptr;                         // of k_rotated and v, a unit a KV head
   Dtype rope_step = Dtype::float32;                       // what every product and sum of a rotation is rounded to
   int query_rows = 0, window = 0;
@@ -178,6 +187,7 @@ struct Launch {
   int row_count = 0, newest_key = 0x7fffffff;
   bool outputs = false, sums = false;    // what the look is for
   bool probing = false, window = false;  // who looks: a block that is to come, or the last queries
+  Prefill prefill;                       // not empty: the rows are among them, and nothing is left to attend
   bool first_round = true;               // of a compression
   bool last_compresses = true;           // the last step ends with its compression
   bool together = false;                 // layers decide as one within the launch; meeting[first head] counts arrivals

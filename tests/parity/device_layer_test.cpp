@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <numeric>
+
 #include "core/trace_words.hpp"
 #include "kernels/device_layer.hpp"
 #include "kernels/engine.hpp"
@@ -35,12 +37,28 @@ std::vector<std::byte> download(const void* from, std::size_t bytes) {
   return host;
 }
 
+/// The log-sum-exps of a prefill's rows are those of the CPU engine's full attention.
+void expect_full_lse(Session& session, const Prefill& prefill, const LayerData& device) {
+  std::vector<int> tokens(static_cast<std::size_t>(prefill.rows()));
+  std::iota(tokens.begin(), tokens.end(), prefill.first);
+  const auto reference = session.reference(0, tokens);
+  const auto heads = static_cast<std::size_t>(session.header().model.query_heads),
+             group = static_cast<std::size_t>(session.header().model.group()), rows = tokens.size();
+  std::vector<float> got(heads * rows);
+  KV_CUDA_TRY(cudaMemcpy(got.data(), device.prefill_lse, got.size() * sizeof(float), cudaMemcpyDeviceToHost));
+  for (std::size_t h = 0; h < heads; ++h)
+    for (std::size_t r = 0; r < rows; ++r)
+      ASSERT_NEAR(got[(h / group * rows + r) * group + h % group], reference->lse[h * rows + r], 2e-5)
+          << "head " << h << ", token " << tokens[r];
+}
+
 void compare(const std::filesystem::path& path) {
   Session session(path);
   const DeviceTrace trace(session.header());
   Upload upload;
   DeviceLayer layer(trace, session, 0, nullptr, upload);
-  const LayerData device = layer.measured(trace, {session.header().tokens - 1}, nullptr);
+  const Prefill prefill{31, 50};
+  const LayerData device = layer.seen(trace, {session.header().tokens - 1}, prefill, nullptr);
   const auto cpu = session.layer(0);
   const auto expect = [&](const char* name, const void* got, const std::vector<float>& expected, Dtype dtype) {
     EXPECT_TRUE(download(got, expected.size() * size_of(dtype)) == narrow(dtype, expected)) << name;
@@ -57,6 +75,7 @@ void compare(const std::filesystem::path& path) {
   expect("cos", device.cos, cpu->by_slot->cosines(), Dtype::float32);
   expect("sin", device.sin, cpu->by_slot->sines(), Dtype::float32);
   EXPECT_EQ(device.rope_step, cpu->by_slot->step_dtype());
+  expect_full_lse(session, prefill, device);
   std::filesystem::remove(path);
 }
 
