@@ -207,7 +207,7 @@ std::vector<DecodeCase> decode_cases() {
   add({"", "cam", {}, 1024, 1, 0, 0});            // 32 values a token are read and written beside
   for (const char* policy : {"h2o", "streaming_llm", "keydiff"}) add({"", policy, {}, 256, 1, 0.70, 0.50});
   add({"tova (per head)", "tova", per_head, 256, 1, 0.70, 0.50});
-  add({"", "weighted_kv", {}, 256, 1, 0.70, 0.50});
+  for (const char* policy : {"weighted_kv", "zsmerge"}) add({"", policy, {}, 256, 1, 0.70, 0.50});
   add({"tova (as published, per layer)", "tova", {}, 1024, 1, 1.12, 1.03});
   Synthetic small;
   small.head_dim = 64, small.query_heads = 24, small.kv_heads = 8;

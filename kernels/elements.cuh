@@ -46,11 +46,14 @@ __device__ inline void widen_eight(Dtype dtype, uint4 words, float (&x)[8]) {
 #pragma unroll
   for (int k = 0; k < 8; ++k) x[k] = widen(dtype, static_cast<std::uint16_t>(word[k / 2] >> k % 2 * 16));
 }
-/// Four neighbouring 16-bit elements of a row, from the c-th on.
-__device__ inline float4 load_four(const void* row, Dtype dtype, int c) {
-  const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(row) + c);
+/// The same of four.
+__device__ inline float4 widen_four(Dtype dtype, uint2 words) {
   return {widen(dtype, static_cast<std::uint16_t>(words.x)), widen(dtype, static_cast<std::uint16_t>(words.x >> 16)),
           widen(dtype, static_cast<std::uint16_t>(words.y)), widen(dtype, static_cast<std::uint16_t>(words.y >> 16))};
+}
+/// Four neighbouring 16-bit elements of a row, from the c-th on.
+__device__ inline float4 load_four(const void* row, Dtype dtype, int c) {
+  return widen_four(dtype, *reinterpret_cast<const uint2*>(static_cast<const std::uint16_t*>(row) + c));
 }
 __device__ inline void load_eight(const void* data, Dtype dtype, long i, float (&x)[8]) {
   widen_eight(dtype, eight_words(data, i), x);

@@ -36,23 +36,27 @@ struct NoLateShare {
   __device__ void add_to(int, float4&) const {}
 };
 
-/// A lane's eight channels of a victim's value join its target's, `own`: `rows.after` becomes what fold_one() would write.
+/// A lane's four channels of a victim's value join its target's, `own`: `rows.after` becomes what fold_one() would write.
 template <class Player>
-__device__ __forceinline__ void fold_late(Player& player, const Fold& plan, int lane, const uint4& own,
+__device__ __forceinline__ void fold_late(Player& player, const Fold& plan, int lane, const uint2& own,
                                           const LateValue& rows) {
   const float divisor = plan.own_value + plan.value;
-  const uint4 gone = rows.after[lane];
-  float to[8], from[8];
-  widen_eight(Dtype::bfloat16, own, to), widen_eight(Dtype::bfloat16, gone, from);
+  uint2* const after = reinterpret_cast<uint2*>(rows.after) + lane;
+  const float4 into = widen_four(Dtype::bfloat16, own), gone = widen_four(Dtype::bfloat16, *after);
+  float to[] = {into.x, into.y, into.z, into.w};
+  const float from[] = {gone.x, gone.y, gone.z, gone.w};
   if (!isfinite(divisor) || divisor == 0)
     player.fail(UnitError::bad_divisor, plan.target);
   else if (plan.value != 0 || plan.own_value != divisor) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) to[k] = plan.own_value * to[k] + (plan.value != 0 ? plan.value * from[k] : 0.f);
+    for (int k = 0; k < 4; ++k) to[k] = plan.own_value * to[k] + (plan.value != 0 ? plan.value * from[k] : 0.f);
     Quotients(divisor).divide(to);
   }
-  rows.before[lane] = own;
-  store_channels(rows.after, Dtype::bfloat16, 8 * lane, to);
+  reinterpret_cast<uint2*>(rows.before)[lane] = own;
+  const auto two = [](float low, float high) {
+    return narrow(Dtype::bfloat16, low) | static_cast<unsigned>(narrow(Dtype::bfloat16, high)) << 16;
+  };
+  *after = {two(to[0], to[1]), two(to[2], to[3])};
 }
 
 /// The fold of a step that lets one slot go, and what is under way of it.
@@ -107,16 +111,16 @@ class LateFold : protected StepLook<P, width> {
     const int lane = lane_now();
     const Fold plan = this->plan(victim, lane);
     p_.row.stream.gates.arrive(Gate::planned), p_.row.stream.gates.arrive(Gate::gap_may_close);
-    const bool folds = plan.target >= 0 && lane < value_pieces();
-    uint4 own{};
-    if (folds) own = value_of(plan.target)[lane];
+    const bool folds = plan.target >= 0 && lane < 2 * value_pieces();
+    uint2 own{};
+    if (folds) own = reinterpret_cast<const uint2*>(value_of(plan.target))[lane];
     p_.row.stream.gates.pass(Gate::value_kept);
     if (folds) fold_late(p_, plan, lane, own, late_value(p_.now + 1));
   }
   /// It leaves the order once its target is known, as in Play::close_gap, but by one warp, which only touches tokens that came later:
   /// the last slot is the clerk's to book.
   __device__ __forceinline__ void leave_order(int victim) const {
-    constexpr int ahead = 4;
+    constexpr int ahead = 2;
     int *const order = p_.unit.order, *const rank = p_.unit.rank;
     const int lane = lane_now(), last = p_.size - 1, gap = rank[victim];
     p_.row.stream.gates.pass(Gate::gap_may_close);

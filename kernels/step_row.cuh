@@ -102,9 +102,12 @@ class StepRow : protected LateFold<P, width, tile> {
     const bool stays = absolute() && !asks_for_mass() && !future_mass();
     if (streams_now()) {
       const int stale = detail::declares_on_merge<P> ? p_.stale : -1;  // only folds write rows of slots that stay
-      if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile()))
-        p_.patch(stale, p_.at(p_.unit.keys, stale, p_.trace.key_dim), p_.at(p_.unit.values, stale, p_.trace.value_dim),
-                 stream_tile());
+      if (stale >= 0 && stale < last && p_.streams_slot(stale, stream_tile())) {
+        if constexpr (folds_late)  // seldom
+          patch_apart(p_.fixed, p_.ring, stale, stream_tile());
+        else
+          patch_from_memory(p_, stale, stream_tile());
+      }
       stream(now);
     } else {
       if constexpr (plain && !may_part) measure_row<false>();
@@ -143,6 +146,18 @@ class StepRow : protected LateFold<P, width, tile> {
     else if (sees_row())
       weights_ = attention().log_sums(args_.trace.group, p_.row, p_.now, measurer(), measurers);
     if constexpr (folds_late) land_after_row();
+  }
+
+  /// A slot's row of memory, where the ring of the warp that it belongs to holds it.
+  static __device__ __forceinline__ void patch_from_memory(const Play& play, int slot, int of) {
+    const auto row = [&](const void* rows, int dim) { return play.at(rows, slot, dim); };
+    play.patch(slot, row(play.unit.keys, play.trace.key_dim), row(play.unit.values, play.trace.value_dim), of);
+  }
+  /// The same, not inlined and of few words.
+  static __device__ __noinline__ void patch_apart(Fixed& fixed, Ring ring, int slot, int of) {
+    Play play(fixed);
+    play.ring = ring;
+    patch_from_memory(play, slot, of);
   }
 
   /// Plain rows are streamed here, others by a call.

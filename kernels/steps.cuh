@@ -102,7 +102,7 @@ class Steps : StepRow<P, width, tile> {
   __device__ __forceinline__ bool decide(int token, bool observes) {
     const int victim = rank_slots<true>(token, observes);
     begin_step(same_in_warp(p_.now)), token = p_.now;  // as after a row
-    placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
+    gone_ = gone_ || victim >= 0;
     if (streams_now()) {
       if (victim >= 0) this->take_place(victim, token);
       return victim >= 0;
@@ -125,7 +125,7 @@ class Steps : StepRow<P, width, tile> {
     } else if (Row::folds_late && merges()) {
       if (p_.warp == Row::gap_closer) this->leave_order(victim);
       if (p_.is_clerk_warp()) p_.row.stream.gates.pass(Gate::planned);
-    } else if (!placeless_) {
+    } else if (!placeless()) {
       const int thread = static_cast<int>(threadIdx.x) - first, gap = p_.unit.rank[victim];
       p_.row.stream.gates.pass(Gate::serving);
       p_.close_gap(victim, gap, thread, team_threads - first);
@@ -234,8 +234,8 @@ class Steps : StepRow<P, width, tile> {
     vector_moves();
     const int last = p_.size - 1;
     const void *key = inputs().key(token), *value = inputs().value(token);
-    placeless_ = placeless_ || goes_without_places<P>(p_.traits(), p_.settings);
-    const int gap = placeless_ ? -1 : p_.unit.rank[victim];
+    gone_ = true;
+    const int gap = placeless() ? -1 : p_.unit.rank[victim];
     constexpr bool leaves = leaves_in_fold<P>;
     bool newest_folded = false, adopted = false, closed = false;
     if (merges()) {
@@ -246,7 +246,7 @@ class Steps : StepRow<P, width, tile> {
       newest_folded = target == last || target == many_targets, adopted = target != -1, closed = leaves && target >= 0;
     } else {
       if (p_.is_clerk()) ++p_.progress.evictions;
-      if (!placeless_ && !detail::declares_on_evict<P>) __syncthreads();
+      if (gap >= 0 && !detail::declares_on_evict<P>) __syncthreads();
     }
     if (newest_folded)
       key = p_.at(p_.unit.keys, last, p_.trace.key_dim), value = p_.at(p_.unit.values, last, p_.trace.value_dim);
@@ -353,9 +353,11 @@ class Steps : StepRow<P, width, tile> {
     return p_.team.least(mine, slot, p_.now & 1).slot;
   }
 
+  /// Whether slots that go leave order and rank behind.
+  __device__ bool placeless() const { return goes_without_places<P>(p_.traits(), args_.settings); }
   __device__ void know_places() {
-    if (placeless_) Play::find_order(p_.fixed, p_.size, p_.now);
-    placeless_ = false;
+    if (gone_ && placeless()) Play::find_order(p_.fixed, p_.size, p_.now);
+    gone_ = false;
   }
 
   /// The observation window's sums, if the policy has one that is still open. Returns its rows.
@@ -387,11 +389,11 @@ class Steps : StepRow<P, width, tile> {
   /// What a copy that went on in this one's place left behind.
   __device__ void follow(const Steps& copy) {
     Row::follow(copy);
-    meetings_ = copy.meetings_, placeless_ = copy.placeless_;
+    meetings_ = copy.meetings_, gone_ = copy.gone_;
   }
 
-  int meetings_ = 0;        // whose scores lie in one buffer and the other in turn
-  bool placeless_ = false;  // order and rank were left behind
+  int meetings_ = 0;   // whose scores lie in one buffer and the other in turn
+  bool gone_ = false;  // slots have, since order and rank were known
 };
 
 }  // namespace kv

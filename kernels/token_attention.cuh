@@ -190,8 +190,8 @@ struct TokenAttention {
 #pragma unroll 1
     for (int four = 4 * first; four < group; four += 4 * warps) {
       const int g = min(four + static_cast<int>(threadIdx.x % 32 / 8), group - 1);
-      float dot[1] = {};  // eight channels a lane, and 64 further
-#pragma unroll
+      float dot[1] = {};  // eight channels a lane, and 64 further: a loop, as code is fetched anew in every step
+#pragma unroll 1
       for (int c = 8 * lane; c < 128; c += 64)
         if (c < look.key_dim) {
           float query[8], key[8];
