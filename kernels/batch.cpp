@@ -1,6 +1,5 @@
 // A batch through a trace: prompt blocks in stages with grid-wide attention between them, single tokens in one launch.
 #include <algorithm>
-#include <numeric>
 
 #include "core/allocation.hpp"
 #include "kernels/batch.hpp"
@@ -26,12 +25,6 @@ UnitSpan Batch::span() const {
 }
 
 namespace {
-
-std::vector<int> tokens_between(int first, int last) {
-  std::vector<int> tokens(static_cast<std::size_t>(last - first));
-  std::iota(tokens.begin(), tokens.end(), first);
-  return tokens;
-}
 
 /// Launch::plain_width of the steps of a plan.
 int plain_width(const TraceData& trace, const TraceHeader& header, const BatchPlan& plan) {

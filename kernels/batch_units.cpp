@@ -2,7 +2,6 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <numeric>
 
 #include "kernels/batch.hpp"
 #include "kernels/carver.hpp"
@@ -241,8 +240,8 @@ void Batch::make_units(const std::vector<DevicePoint>& points) {
   lost_masses_ = Buffer<double>(count * group * measured);
   if (plan_.has_wo) delta_ = Buffer<float>(count * group * measured * static_cast<std::size_t>(t.value_dim));
   if (timing_ == Timing::phases) clocks_ = Buffer<unsigned>(count * steps * timed_phases);
-  std::vector<int> every(static_cast<std::size_t>(t.tokens)), of_token(every.size(), -1);
-  std::iota(every.begin(), every.end(), 0);
+  const std::vector<int> every = tokens_between(0, t.tokens);
+  std::vector<int> of_token(every.size(), -1);
   for (std::size_t m = 0; m < measured; ++m)
     of_token[static_cast<std::size_t>(plan_.settings.measured[m])] = static_cast<int>(m);
   every_token_ = Buffer<int>(every), measured_ = Buffer<int>(plan_.settings.measured);

@@ -18,17 +18,17 @@ Dtype elements_of(const TraceHeader& header) {
   return header.dtype;
 }
 
-std::vector<int> first_integers(std::size_t n) {
-  std::vector<int> integers(n);
-  std::iota(integers.begin(), integers.end(), 0);
-  return integers;
-}
-
 bool turns(const TraceHeader& header, const LayerInfo& layer) {
   return header.model.rope_type != "none" && !layer.rope_post;
 }
 
 }  // namespace
+
+std::vector<int> tokens_between(int first, int last) {
+  std::vector<int> tokens(static_cast<std::size_t>(last - first));
+  std::iota(tokens.begin(), tokens.end(), first);
+  return tokens;
+}
 
 DeviceTrace::DeviceTrace(const TraceHeader& header)
     : position_(std::vector<int>(header.position.begin(), header.position.end())), inv_freq_(header.model.inv_freq) {
@@ -44,7 +44,7 @@ DeviceTrace::DeviceTrace(const TraceHeader& header)
   for (const LayerInfo& layer : header.layers) {
     if (rotations_.contains(layer.recipe)) continue;
     const RopeTable own(m, header.dtype, layer.recipe, header.position);
-    const RopeTable slot(m, header.dtype, layer.recipe, first_integers(header.position.size()));
+    const RopeTable slot(m, header.dtype, layer.recipe, tokens_between(0, header.tokens));
     rotations_[layer.recipe] = {Buffer<float>(own.cosines()), Buffer<float>(own.sines()), Buffer<float>(slot.cosines()),
                                 Buffer<float>(slot.sines()), own.step_dtype()};
   }
@@ -96,7 +96,7 @@ DeviceLayer::DeviceLayer(const DeviceTrace& trace, const Session& session, int i
   wo_ = read_floats("wo", t.dtype);
   if (norms) data_.norms = keep(*norms);
 
-  const std::vector<int> every_token = first_integers(header.position.size()),
+  const std::vector<int> every_token = tokens_between(0, header.tokens),
                          &token_of_row = info.q_index.empty() ? every_token : info.q_index;
   row_of_token_.assign(every_token.size(), -1);
   for (std::size_t r = 0; r < token_of_row.size(); ++r)
@@ -145,13 +145,11 @@ LayerData DeviceLayer::seen(const DeviceTrace& trace, const std::vector<int>& me
     FullLook look = attend(measured, true);
     full_.emplace(measured, FullAttention{std::move(look.output), std::move(look.lse)});
   }
-  if (prefill.rows() > 0 && !prefill_lse_.contains(prefill)) {
-    std::vector<int> tokens(static_cast<std::size_t>(prefill.rows()));
-    std::iota(tokens.begin(), tokens.end(), prefill.first);
-    prefill_lse_.emplace(prefill, attend(tokens, false).lse);
-  }
+  if (prefill.rows() > 0 && !prefill_lse_.contains(prefill))
+    prefill_lse_.emplace(prefill, attend(tokens_between(prefill.first, prefill.last), false).lse);
   LayerData data = data_;
-  data.full_output = full_.at(measured).output.data(), data.full_lse = full_.at(measured).lse.data();
+  const FullAttention& full = full_.at(measured);
+  data.full_output = full.output.data(), data.full_lse = full.lse.data();
   if (prefill.rows() > 0) data.prefill_lse = prefill_lse_.at(prefill).data();
   return data;
 }
@@ -205,7 +203,7 @@ FullLook DeviceLayer::full_look(const DeviceTrace& trace, const std::vector<int>
   std::vector<int> query_row;
   for (const int token : tokens) query_row.push_back(row_of_token_[static_cast<std::size_t>(token)]);
   FullLook look;
-  look.token = Buffer<int>(first_integers(all)), look.query_row = Buffer<int>(query_row),
+  look.token = Buffer<int>(tokens_between(0, t.tokens)), look.query_row = Buffer<int>(query_row),
   look.query_token = Buffer<int>(tokens);
   if (outputs) look.output = Buffer<float>(heads * rows * group * dv);
   look.lse = Buffer<float>(heads * rows * group);

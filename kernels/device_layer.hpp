@@ -33,6 +33,9 @@ struct DeviceTrace {
   std::map<RopeRecipe, DeviceRotations> rotations_;
 };
 
+/// Tokens [first, last), one by one.
+std::vector<int> tokens_between(int first, int last);
+
 /// Queries of some tokens over all keys of a layer: the tasks of block_attention, and where their results go.
 struct FullLook {
   Buffer<int> token, query_row, query_token;

@@ -59,12 +59,15 @@ __device__ inline void load_eight(const void* data, Dtype dtype, long i, float (
   widen_eight(dtype, eight_words(data, i), x);
 }
 
+/// Two neighbouring 16-bit elements as a word.
+__device__ inline unsigned narrow_two(Dtype dtype, float first, float second) {
+  return narrow(dtype, first) | static_cast<unsigned>(narrow(dtype, second)) << 16;
+}
 /// The same of what load_eight reads.
 __device__ inline void store_eight(void* data, Dtype dtype, long i, const float (&x)[8]) {
   unsigned word[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
-    word[k] = narrow(dtype, x[2 * k]) | static_cast<unsigned>(narrow(dtype, x[2 * k + 1])) << 16;
+  for (int k = 0; k < 4; ++k) word[k] = narrow_two(dtype, x[2 * k], x[2 * k + 1]);
   *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(data) + i) = make_uint4(word[0], word[1], word[2], word[3]);
 }
 

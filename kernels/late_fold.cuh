@@ -53,10 +53,7 @@ __device__ __forceinline__ void fold_late(Player& player, const Fold& plan, int 
     Quotients(divisor).divide(to);
   }
   reinterpret_cast<uint2*>(rows.before)[lane] = own;
-  const auto two = [](float low, float high) {
-    return narrow(Dtype::bfloat16, low) | static_cast<unsigned>(narrow(Dtype::bfloat16, high)) << 16;
-  };
-  *after = {two(to[0], to[1]), two(to[2], to[3])};
+  *after = {narrow_two(Dtype::bfloat16, to[0], to[1]), narrow_two(Dtype::bfloat16, to[2], to[3])};
 }
 
 /// The fold of a step that lets one slot go, and what is under way of it.

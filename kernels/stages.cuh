@@ -84,10 +84,9 @@ class Stages {
     task.query_stride = p_.absolute() ? p_.layer.query_rows : args_.row_count;
     task.query_row = unit.query_row, task.query_token = args_.rows;
     task.output = args_.outputs ? unit.block_output : nullptr, task.lse = unit.block_lse;
-    const Prefill prefill = args_.prefill;
-    if (const int known = prefill.last - prefill.first; known > 0)
+    if (const int known = args_.prefill.rows(); known > 0)
       task.lse = const_cast<float*>(p_.layer.prefill_lse) +
-                 (static_cast<long>(unit.info.kv_head) * known + args_.rows[0] - prefill.first) * trace.group;
+                 (static_cast<long>(unit.info.kv_head) * known + args_.rows[0] - args_.prefill.first) * trace.group;
     task.sums = args_.sums ? unit.sums : nullptr;
     task.rows = idle ? 0 : args_.row_count, task.slots = slots;
     // Slots older than every row come first, in any order. A window's queries may be among them: then every slot is looked

@@ -31,7 +31,7 @@ struct TraceData {
 /// log-sum-exps are those of full attention, which a prefill keeps.
 struct Prefill {
   int first = 0, last = 0;
-  int rows() const { return last - first; }
+  constexpr int rows() const { return last - first; }
   auto operator<=>(const Prefill&) const = default;
 };
 

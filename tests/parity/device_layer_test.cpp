@@ -3,8 +3,6 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
-#include <numeric>
-
 #include "core/trace_words.hpp"
 #include "kernels/device_layer.hpp"
 #include "kernels/engine.hpp"
@@ -39,8 +37,7 @@ std::vector<std::byte> download(const void* from, std::size_t bytes) {
 
 /// The log-sum-exps of a prefill's rows are those of the CPU engine's full attention.
 void expect_full_lse(Session& session, const Prefill& prefill, const LayerData& device) {
-  std::vector<int> tokens(static_cast<std::size_t>(prefill.rows()));
-  std::iota(tokens.begin(), tokens.end(), prefill.first);
+  const std::vector<int> tokens = tokens_between(prefill.first, prefill.last);
   const auto reference = session.reference(0, tokens);
   const auto heads = static_cast<std::size_t>(session.header().model.query_heads),
              group = static_cast<std::size_t>(session.header().model.group()), rows = tokens.size();
